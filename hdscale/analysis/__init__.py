@@ -1,0 +1,1 @@
+"""The analysis room: embeddings, tables of the paper."""

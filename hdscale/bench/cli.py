@@ -1,0 +1,25 @@
+"""`hdscale bench NAME`: one table of benchmarks, each a module with `add_arguments(parser)` and `run(args)`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+BENCHES: dict[str, tuple[str, str]] = {
+    "op": ("hdscale.bench.op", "the generated-adapter operator against matmul + bmm"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = parser.add_subparsers(dest="bench", metavar="NAME", required=True)
+    for name, (module_name, help_line) in BENCHES.items():
+        sub = names.add_parser(name, help=help_line, description=help_line, allow_abbrev=False)
+        if name in sys.argv:
+            module = importlib.import_module(module_name)
+            module.add_arguments(sub)
+            sub.set_defaults(run_bench=module.run)
+
+
+def run(args: argparse.Namespace) -> int:
+    return args.run_bench(args)

@@ -1,0 +1,57 @@
+"""`hdscale VERB`: one table of verbs; each verb is a module with `add_arguments(parser)` and `run(args) -> exit code`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from hdscale.errors import EXIT_USER_ERROR, UserError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "prepare": ("hdscale.data.prepare", "fetch data, tokenizer and weights into a folder for offline machines"),
+    "train": ("hdscale.train", "train, evaluate and test a model (one process, or a rank under SLURM)"),
+    "params": ("hdscale.modeling.params", "count parameters by part, and the trainable share"),
+    "convert": ("hdscale.modeling.convert", "read the released implementation's checkpoint"),
+    "doctor": ("hdscale.ops.doctor", "say which backends work here and build the C++/CUDA operator"),
+    "bench": ("hdscale.bench.cli", "measure speed and memory"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="hdscale", description="Train hyperdecoders at cluster scale.", allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    wanted = argv[0] if argv else None
+    for name, (module_name, help_line) in VERBS.items():
+        sub = verbs.add_parser(name, help=help_line, description=help_line, allow_abbrev=False)
+        if name == wanted:
+            # only the verb at hand is imported: `hdscale --help` must not wait for torch
+            module = importlib.import_module(module_name)
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    return guarded(args.run, args)
+
+
+def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a command; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        return run(args)
+    except UserError as error:
+        print(f"hdscale: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:
+        return 0
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """`--config FILE [key=value ...]`, the same for every verb that reads a configuration."""
+    parser.add_argument("--config", metavar="FILE", required=required, help="YAML file (see configs/)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

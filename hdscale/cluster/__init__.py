@@ -1,0 +1,1 @@
+"""The cluster room: SLURM environment, executors, requeue."""

@@ -1,0 +1,1 @@
+"""The data room: tasks (row to text), mixtures (tasks to one stream), batches (text to tensors)."""

@@ -1,0 +1,1 @@
+"""The engine room: DeepSpeed set-up, checkpoint, pre-emption, logging."""

@@ -1,0 +1,1 @@
+"""The evaluation room: decoding, metrics, protocols, significance."""

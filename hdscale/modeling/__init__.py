@@ -1,0 +1,1 @@
+"""The modeling room: what the paper defines."""

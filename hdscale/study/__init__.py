@@ -1,0 +1,1 @@
+"""The study room: planning, sweeps, fits, report."""

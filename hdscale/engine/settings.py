@@ -20,7 +20,6 @@ class TrainSettings:
     label_smoothing: float = setting(0.0, "label smoothing (the release used 0.1 with a summed loss)")
     loss_reduction: str = setting("mean", "loss over the global batch's target tokens: mean or sum")
     dtype: str = setting("bf16", "numbers of the frozen base and of the computation: bf16 or fp32; masters are fp32")
-    dropout: Optional[float] = setting(None, "dropout rate; default: the base model's own")
     compile: str = setting("auto", "torch.compile of the stacks: off, on or auto (off on CPU)")
     checkpoint_every: int = setting(1000, "save a checkpoint every so many steps")
     keep_checkpoints: int = setting(2, "checkpoints kept (the newest ones)")

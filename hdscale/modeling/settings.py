@@ -15,6 +15,7 @@ class ModelSettings:
     tokenizer: Optional[str] = setting(None, "hub id or folder of the tokenizer; default: the model's own")
     attention: str = setting("sdpa", "attention implementation of transformers: sdpa or eager")
     activation_checkpointing: str = setting("none", "recompute activations in: none, encoder, decoder or all")
+    dropout: Optional[float] = setting(None, "dropout rate of the base; default: its own (0.1)")
     init_adapter: Optional[str] = setting(None, "folder of exported trainables to start from (warm start)")
 
 

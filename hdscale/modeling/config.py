@@ -1,0 +1,55 @@
+"""`HyperdecoderConfig`: all that is needed to build a model, or to build it again from an export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hdscale.errors import UserError
+from hdscale.modeling.settings import MethodSettings, ModelSettings
+
+
+@dataclass
+class HyperdecoderConfig:
+    """The base, the method that adapts it, and the tasks that task-conditioned methods learn embeddings for.
+
+    Attributes:
+        model: the frozen base.
+        method: the method and its sizes.
+        tasks: task names in the order of their ids.
+    """
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    tasks: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> HyperdecoderConfig:
+        """The configuration of nested dictionaries, as `to_dict` gives them.
+
+        Raises:
+            UserError: for keys or values that the settings do not have.
+        """
+        try:
+            model = OmegaConf.merge(OmegaConf.structured(ModelSettings), values.get("model", {}))
+            method = OmegaConf.merge(OmegaConf.structured(MethodSettings), values.get("method", {}))
+        except OmegaConfBaseException as error:
+            raise UserError(f"model configuration: {' '.join(str(error).split())}") from error
+        return cls(OmegaConf.to_object(model), OmegaConf.to_object(method), list(values.get("tasks", [])))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> HyperdecoderConfig:
+        """Read `hdscale_config.json`."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"{path}: not a readable hdscale_config.json ({error})") from error

@@ -1,0 +1,166 @@
+"""`hdscale convert --from-released FILE`: read the released implementation's state dict (transformers 4.14, 2022)."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hdscale.errors import UserError
+from hdscale.modeling.config import HyperdecoderConfig
+from hdscale.modeling.export import save_pretrained
+from hdscale.modeling.model import build_model
+from hdscale.modeling.settings import HypernetSettings, MethodSettings, ModelSettings, SideSettings
+
+BLOCK = "{side}.block.{layer}.layer.{sub}.adapter_layer.adapter_{direction}_manual.{kind}"
+FEED_FORWARD = {"encoder": 1, "decoder": 2}
+"""Index of the feed-forward sub-layer in a block."""
+
+# hdscale's names of a generated side, and the release's
+GENERATOR = {
+    "hypernetwork.layer_embedding.weight": "param_gen.layer_embed.weight",
+    "hypernetwork.linear.weight": "param_gen.decoder.linear1.weight",
+    "hypernetwork.linear.bias": "param_gen.decoder.linear1.bias",
+    "hypernetwork.adapter_heads.down_weight": "param_gen.decoder.weight_down.weight",
+    "hypernetwork.adapter_heads.down_bias": "param_gen.decoder.weight_down.bias",
+    "hypernetwork.adapter_heads.up_weight": "param_gen.decoder.weight_up.weight",
+    "hypernetwork.adapter_heads.up_bias": "param_gen.decoder.weight_up.bias",
+    "hypernetwork.adapter_heads.down_bias_weight": "param_gen.decoder.bias_down.weight",
+    "hypernetwork.adapter_heads.down_bias_bias": "param_gen.decoder.bias_down.bias",
+    "hypernetwork.adapter_heads.up_bias_weight": "param_gen.decoder.bias_up.weight",
+    "hypernetwork.adapter_heads.up_bias_bias": "param_gen.decoder.bias_up.bias",
+}
+MLP = {f"embedding.mlp.{i}.{kind}": f"mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+TASKS = {"task_embedding.weight": "adapter_task_embedding.weight"}
+
+
+def side_kind(state: dict[str, Tensor], side: str) -> str:
+    """What adapted a side in the release, read from the names that its state dict holds."""
+    if f"{side}.param_gen.layer_embed.weight" in state:
+        return "task" if f"{side}.adapter_task_embedding.weight" in state else "generated"
+    if BLOCK.format(side=side, layer=0, sub=FEED_FORWARD[side], direction="down", kind="weight") in state:
+        return "manual"
+    return "none"
+
+
+def side_names(state: dict[str, Tensor], side: str, kind: str, layers: int) -> dict[str, str]:
+    """{hdscale's name: the release's name} of a side's trainables."""
+    names: dict[str, str] = {}
+    if kind == "manual" or (kind == "generated" and side == "encoder"):
+        for layer in range(layers):
+            for direction in ("down", "up"):
+                for part in ("weight", "bias"):
+                    names[f"adapters.{layer}.{direction}.{part}"] = BLOCK.format(
+                        side=side, layer=layer, sub=FEED_FORWARD[side], direction=direction, kind=part
+                    )
+        names = {f"method.{side}.{ours}": theirs for ours, theirs in names.items()}
+    if kind in ("task", "generated"):
+        rest = dict(GENERATOR)
+        if kind == "task":
+            rest |= TASKS
+        elif f"{side}.mlp.0.weight" in state:
+            rest |= MLP
+        names |= {f"method.{side}.{ours}": f"{side}.{theirs}" for ours, theirs in rest.items()}
+    return names
+
+
+def count_layers(state: dict[str, Tensor], side: str) -> int:
+    """Blocks of a stack that the state dict speaks of."""
+    prefix = f"{side}.block."
+    return 1 + max((int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix)), default=-1)
+
+
+def convert_state(
+    state: dict[str, Tensor], model: ModelSettings, tasks: list[str] | None = None, normed_input: bool = False
+) -> tuple[HyperdecoderConfig, dict[str, Tensor]]:
+    """hdscale's configuration and trainables for a released state dict.
+
+    Args:
+        state: names as in the release (see the module).
+        model: the base that it was trained on.
+        tasks: names of the tasks in the order of their embeddings, for task-conditioned models.
+        normed_input: whether the release was configured with `adapter_norm_input`.
+
+    Raises:
+        UserError: where the state dict holds no adapters, or lacks a tensor.
+    """
+    sides, trainables = {}, {}
+    hypernet = HypernetSettings()
+    for side in ("encoder", "decoder"):
+        kind = side_kind(state, side)
+        if kind != "none" and (layers := count_layers(state, side)) == 0:
+            layers = state[f"{side}.param_gen.layer_embed.weight"].shape[0]
+        names = side_names(state, side, kind, layers) if kind != "none" else {}
+        for ours, theirs in names.items():
+            if theirs not in state:
+                raise UserError(f"the released state dict has a {kind} {side} but lacks '{theirs}'")
+            trainables[ours] = state[theirs].float()
+        dim = 0
+        if kind == "manual":
+            dim = state[BLOCK.format(side=side, layer=0, sub=FEED_FORWARD[side], direction="down", kind="weight")].shape[0]
+        elif kind != "none":
+            dim = state[f"{side}.param_gen.decoder.bias_down.weight"].shape[0]
+            hypernet.bottleneck = state[f"{side}.param_gen.decoder.linear1.weight"].shape[0]
+            hypernet.layer_embedding = state[f"{side}.param_gen.layer_embed.weight"].shape[1]
+            if kind == "generated":
+                hypernet.mlp = f"{side}.mlp.0.weight" in state
+            else:
+                count = state[f"{side}.adapter_task_embedding.weight"].shape[0]
+                tasks = tasks or [f"task{index}" for index in range(count)]
+                if len(tasks) != count:
+                    raise UserError(f"--tasks names {len(tasks)} tasks, the state dict has embeddings of {count}")
+        sides[side] = SideSettings(kind, dim or 1, "layernorm" if normed_input else "hidden")
+    if all(side.adapter == "none" for side in sides.values()):
+        raise UserError("the state dict holds no adapters of the released implementation (no 'adapter_layer' or 'param_gen')")
+    method = MethodSettings("hyperdecoder", sides["encoder"], sides["decoder"], hypernet)
+    return HyperdecoderConfig(model, method, tasks or []), trainables
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a .safetensors file, or from a .bin/.pt file without running any pickled code."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path}: not a readable state dict ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: must hold a dictionary of tensors")
+    return state
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--from-released", metavar="FILE", required=True, help="the release's pytorch_model.bin")
+    parser.add_argument("--to", metavar="DIR", required=True, help="folder for the exported trainables")
+    parser.add_argument("--model", required=True, help="base that it was trained on (google/t5-large-lm-adapt, ...)")
+    parser.add_argument("--tasks", nargs="*", help="task names in the order of their ids (task-conditioned models)")
+    parser.add_argument(
+        "--post-layernorm-input", action="store_true", help="the release was run with adapter_norm_input=true"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    state = read_state(args.from_released)
+    config, trainables = convert_state(state, ModelSettings(args.model), args.tasks, args.post_layernorm_input)
+    model = build_model(config, device="meta")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    for name, shape in shapes.items():
+        if name not in trainables or tuple(trainables[name].shape) != shape:
+            found = list(trainables[name].shape) if name in trainables else "nothing"
+            raise UserError(f"{args.from_released}: {name} should be {list(shape)} for base '{args.model}', found {found}")
+    save_pretrained(model, args.to, trainables)
+    method = config.method
+    print(
+        f"{len(trainables)} tensors, {sum(t.numel() for t in trainables.values()):,} parameters: "
+        f"encoder {method.encoder.adapter} {method.encoder.dim}, decoder {method.decoder.adapter} {method.decoder.dim}, "
+        f"bottleneck {method.hypernet.bottleneck} -> {args.to}"
+    )
+    return 0

@@ -1,0 +1,138 @@
+"""The hypernetwork: Eq. 3-7 and 9, shared over the layers of a stack by learned layer embeddings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hdscale.modeling.adaptation import Adaptation
+from hdscale.ops import AdapterHeads, AdapterWeights, apply_adapter, generate_adapter_weights, generated_adapter
+
+INIT_GAIN = 1e-3
+"""Scale of the heads' initialisation in the release."""
+
+
+class GeneratedAdapterHeads(nn.Module):
+    """The four linear heads of Eq. 4-7: they turn a code into one adapter, and apply it.
+
+    A module of its own whose forward uses its parameters, so that DeepSpeed's stage 3 can gather them there.
+
+    Args:
+        d_model: D. dim: adapter size A. bottleneck: size K of the code. backend: see `hdscale.ops`.
+    """
+
+    def __init__(self, d_model: int, dim: int, bottleneck: int, backend: str = "auto") -> None:
+        super().__init__()
+        self.d_model, self.dim, self.bottleneck, self.backend = d_model, dim, bottleneck, backend
+        self.down_weight = nn.Parameter(torch.empty(d_model * dim, bottleneck))
+        self.down_bias = nn.Parameter(torch.zeros(d_model * dim))
+        self.up_weight = nn.Parameter(torch.empty(dim * d_model, bottleneck))
+        self.up_bias = nn.Parameter(torch.zeros(dim * d_model))
+        self.down_bias_weight = nn.Parameter(torch.empty(dim, bottleneck))
+        self.down_bias_bias = nn.Parameter(torch.zeros(dim))
+        self.up_bias_weight = nn.Parameter(torch.empty(d_model, bottleneck))
+        self.up_bias_bias = nn.Parameter(torch.zeros(d_model))
+        # hyper-fan-in (Chang et al. 2020): the variance of what is generated, not of the head, is kept
+        for weight, fan in (
+            (self.up_weight, dim),
+            (self.down_weight, d_model),
+            (self.up_bias_weight, 1),
+            (self.down_bias_weight, 1),
+        ):
+            bound = INIT_GAIN * math.sqrt(3.0 / (bottleneck * fan))
+            nn.init.uniform_(weight, -bound, bound)
+
+    def heads(self) -> AdapterHeads:
+        """The parameters as the operator takes them."""
+        return AdapterHeads(
+            self.down_weight,
+            self.down_bias,
+            self.up_weight,
+            self.up_bias,
+            self.down_bias_weight,
+            self.down_bias_bias,
+            self.up_bias_weight,
+            self.up_bias_bias,
+        )
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        """x [B, T, D], code [B, K] -> [B, T, D]: each instance's own adapter applied to its own rows (Eq. 1)."""
+        return generated_adapter(x, code, self.heads(), backend=self.backend)
+
+    def generate(self, code: Tensor) -> AdapterWeights:
+        """code [B, K] -> each instance's adapter, to be applied many times."""
+        return generate_adapter_weights(code, self.heads())
+
+
+class Hypernetwork(nn.Module):
+    """`Adapter_i = Hypernetwork([e; l_i])` (Eq. 9), its first layer (Eq. 3) for all layers i at once.
+
+    Args:
+        d_input: size of e. d_model: D. layers: N. dim: adapter size A. bottleneck: K.
+        layer_embedding: size of l_i. backend: see `hdscale.ops`.
+    """
+
+    def __init__(
+        self,
+        d_input: int,
+        d_model: int,
+        layers: int,
+        dim: int,
+        bottleneck: int,
+        layer_embedding: int,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.layer_embedding = nn.Embedding(layers, layer_embedding)
+        self.linear = nn.Linear(d_input + layer_embedding, bottleneck)
+        self.adapter_heads = GeneratedAdapterHeads(d_model, dim, bottleneck, backend)
+
+    def forward(self, e: Tensor) -> Tensor:
+        """e [B, d_input] -> codes [N, B, K] (Eq. 3)."""
+        layers = self.layer_embedding.weight  # [N, L]
+        both = torch.cat(
+            [
+                e.unsqueeze(0).expand(layers.shape[0], -1, -1),
+                layers.unsqueeze(1).expand(-1, e.shape[0], -1),
+            ],
+            dim=-1,
+        )
+        return torch.relu(self.linear(both))
+
+
+class GeneratedAdaptation(Adaptation):
+    """Adapters generated from codes, in parallel with the feed-forward sub-layers.
+
+    Args:
+        adapter_heads: the heads that turn a code into an adapter.
+        codes: [N, B, K].
+        normed_input: the adapters read LayerNorm(x) instead of x (Table 9).
+    """
+
+    def __init__(self, adapter_heads: GeneratedAdapterHeads, codes: Tensor, normed_input: bool = False) -> None:
+        self.adapter_heads = adapter_heads
+        self.codes = codes
+        self.normed_input = normed_input
+
+    def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor:
+        return self.adapter_heads(normed if self.normed_input else x, self.codes[layer])
+
+    def for_generation(self) -> CachedAdaptation:
+        return CachedAdaptation([self.adapter_heads.generate(code) for code in self.codes], self.normed_input)
+
+
+class CachedAdaptation(Adaptation):
+    """Adapters generated once per instance, applied at every decoded token; the beams of an instance share its adapter.
+
+    Args:
+        weights: one entry a layer, each for B instances.
+    """
+
+    def __init__(self, weights: list[AdapterWeights], normed_input: bool = False) -> None:
+        self.weights = weights
+        self.normed_input = normed_input
+
+    def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor:
+        return apply_adapter(normed if self.normed_input else x, self.weights[layer])

@@ -1,0 +1,198 @@
+"""The adapted model: a frozen base, a method, and the passes that training, decoding and analysis need."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutput
+
+from hdscale.errors import UserError
+from hdscale.modeling.adaptation import Adaptation
+from hdscale.modeling.base import load_base, scales_output
+from hdscale.modeling.config import HyperdecoderConfig
+from hdscale.modeling.methods import method_class
+
+IGNORED = -100
+"""Label of padding: no loss."""
+
+
+class ModelOutput(NamedTuple):
+    """What a training pass returns.
+
+    Attributes:
+        loss_sum: float32 scalar, cross-entropy summed over the target tokens.
+        tokens: int64 scalar, the target tokens.
+    """
+
+    loss_sum: Tensor
+    tokens: Tensor
+
+
+class Encoded(NamedTuple):
+    """An encoded batch: hidden states [B, S, D] and what adapts the decoder for it."""
+
+    hidden: Tensor
+    adaptation: Adaptation | None
+
+
+class AdaptedModel(nn.Module):
+    """A frozen T5-family model adapted by a method (Section 2).
+
+    Build it with `build_model` or `from_pretrained`.
+
+    Attributes:
+        base: the transformers model. method: the method's own module. config: how both were built.
+        label_smoothing: of the training loss.
+    """
+
+    def __init__(self, config: HyperdecoderConfig, base: nn.Module, method: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.base = base
+        self.method = method
+        self.label_smoothing = 0.0
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None = None) -> Encoded:
+        """Run the adapted encoder and generate what the decoder needs.
+
+        Args:
+            input_ids: [B, S]. attention_mask: [B, S]. task_ids: [B], needed by task-conditioned methods.
+        """
+        if self.method.needs_tasks and task_ids is None:
+            raise UserError(f"method '{self.config.method.name}' is conditioned on tasks: give task_ids")
+
+        def run(adaptation: Adaptation | None) -> Tensor:
+            return self.base.encoder(
+                input_ids=input_ids, attention_mask=attention_mask, adaptation=adaptation
+            ).last_hidden_state
+
+        hidden = self.method.encode(run, attention_mask, task_ids)
+        return Encoded(hidden, self.method.decoder_adaptation(hidden, attention_mask, task_ids))
+
+    def decode(self, encoded: Encoded, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher-forced logits at the label positions only.
+
+        Returns:
+            logits [M, V] and labels [M] of the M positions that are not padding, row by row.
+        """
+        decoder_input = self.base._shift_right(labels)
+        hidden = self.base.decoder(
+            input_ids=decoder_input,
+            encoder_hidden_states=encoded.hidden,
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
+            adaptation=encoded.adaptation,
+        ).last_hidden_state
+        kept = labels != IGNORED
+        hidden = hidden[kept]
+        if scales_output(self.base.config):
+            hidden = hidden * self.base.config.d_model**-0.5
+        return self.base.lm_head(hidden), labels[kept]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, task_ids: Tensor | None = None
+    ) -> ModelOutput:
+        """The training pass: cross-entropy summed over target tokens (Section 2.4), in float32.
+
+        Args:
+            input_ids: [B, S]. attention_mask: [B, S]. labels: [B, T], -100 for padding. task_ids: [B].
+        """
+        encoded = self.encode(input_ids, attention_mask, task_ids)
+        logits, targets = self.decode(encoded, attention_mask, labels)
+        loss_sum = F.cross_entropy(
+            logits.float() if logits.dtype != torch.float64 else logits,
+            targets,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+        return ModelOutput(loss_sum, torch.tensor(targets.shape[0], device=targets.device))
+
+    @torch.no_grad()
+    def log_likelihood(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, task_ids: Tensor | None = None
+    ) -> Tensor:
+        """Log-likelihood of each row's labels, summed over its tokens: float32 [B]."""
+        encoded = self.encode(input_ids, attention_mask, task_ids)
+        logits, targets = self.decode(encoded, attention_mask, labels)
+        token = -F.cross_entropy(logits.float(), targets, reduction="none")
+        rows = (labels != IGNORED).nonzero()[:, 0]
+        return torch.zeros(labels.shape[0], device=token.device).index_add_(0, rows, token)
+
+    @torch.no_grad()
+    def embed(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        """The vector [B, D] that conditions the decoder (e of Eq. 8)."""
+        hidden = self.encode(input_ids, attention_mask, task_ids).hidden
+        return self.method.embed(hidden, attention_mask, task_ids)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Transformers' `generate` with the adapters generated once per instance.
+
+        Args:
+            input_ids: [B, S]. attention_mask: [B, S]. task_ids: [B].
+            **kwargs: whatever transformers' `generate` takes (greedy, beams, sampling).
+
+        Returns:
+            token ids [B, T'] (or [B * num_return_sequences, T']), the decoder's start token first.
+        """
+        encoded = self.encode(input_ids, attention_mask, task_ids)
+        adaptation = encoded.adaptation.for_generation() if encoded.adaptation is not None else None
+        return self.base.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
+            attention_mask=attention_mask,
+            adaptation=adaptation,
+            **kwargs,
+        )
+
+    def trainable_names(self) -> list[str]:
+        """Names of the parameters that train, in the model's order."""
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def save_pretrained(self, folder: str, tensors: dict[str, Tensor] | None = None) -> None:
+        """Export the trainables: see `hdscale.modeling.export.save_pretrained`."""
+        from hdscale.modeling.export import save_pretrained
+
+        save_pretrained(self, folder, tensors)
+
+
+def build_model(
+    config: HyperdecoderConfig,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> AdaptedModel:
+    """The base of `config.model` adapted by `config.method`; only the method's parameters require gradients.
+
+    Args:
+        config: base, method and tasks (not changed).
+        dtype: of base and method (DeepSpeed keeps float32 masters of the trainables).
+        device: "meta" counts without memory.
+        seed: of whatever is initialised randomly; the caller's random state is left alone.
+
+    Raises:
+        UserError: for anything in the configuration that does not fit, before weights are loaded.
+    """
+    config = HyperdecoderConfig.from_dict(config.to_dict())
+    cls = method_class(config.method)
+    cls.check(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = load_base(config.model, dtype, device)
+        # one stream of random numbers for the method whatever the base was, built in or loaded
+        torch.manual_seed(seed)
+        with torch.device(device):
+            method = cls(config, base)
+        method.to(dtype)
+    for name in method.base_trainables(base):
+        base.get_parameter(name).requires_grad_(True)
+    model = AdaptedModel(config, base, method)
+    if config.model.init_adapter and torch.device(device).type != "meta":
+        from hdscale.modeling.export import load_trainables
+
+        load_trainables(model, config.model.init_adapter)
+    return model

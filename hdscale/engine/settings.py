@@ -11,6 +11,7 @@ class TrainSettings:
     """Optimisation (Section 3.2) and how a global batch is computed."""
 
     max_steps: int = setting(65536, "optimizer steps")
+    epochs: Optional[float] = setting(None, "epochs over the mixture, in place of max_steps")
     global_batch_size: int = setting(128, "instances of one step, whatever the number of ranks")
     micro_batch_size: Optional[int] = setting(None, "instances of one forward pass of a rank; default: all of the rank's")
     learning_rate: float = setting(3e-4, "peak learning rate of AdamW")

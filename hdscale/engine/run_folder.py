@@ -1,0 +1,139 @@
+"""The folder of a run: what lies where, whether it may be continued, and who holds it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hdscale.errors import UserError
+from hdscale.settings import flatten
+
+FREE_KEYS = (
+    "run.dir",
+    "run.tensorboard",
+    "run.wandb",
+    "train.keep_checkpoints",
+    "train.checkpoint_every",
+    "train.log_every",
+    "data.root",
+    "data.cache",
+    "cluster.",
+)
+"""Keys (or beginnings of keys) that may differ when a run is continued: they change where and how, not what is computed."""
+
+
+class RunFolder:
+    """`runs/<name>/`.
+
+    Attributes:
+        path: the folder.
+        checkpoints, best, adapter, predictions: its parts.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.path / "best"
+        self.adapter = self.path / "adapter"
+        self.predictions = self.path / "predictions"
+        self.config = self.path / "config.yaml"
+        self.results = self.path / "results.json"
+        self._lock: Any = None
+
+    def open(self, config: dict[str, Any], fresh: bool) -> bool:
+        """Make the folder ready for a run: on rank 0, before anything is loaded.
+
+        Args:
+            config: of the run at hand, as nested dictionaries.
+            fresh: start anew; an earlier run of the name is moved aside, never deleted.
+
+        Returns:
+            whether an earlier run is continued.
+
+        Raises:
+            UserError: if the folder cannot be written, is in use, or holds a run with another configuration.
+        """
+        self._make()
+        self._hold()
+        if fresh and self.config.exists():
+            self._move_aside()
+        continued = self.config.exists()
+        if continued:
+            self._check_same(config)
+        else:
+            temporary = self.config.with_suffix(".tmp")
+            temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            temporary.replace(self.config)
+        return continued
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.path} ({error.strerror}); choose another run.dir or mend its permissions"
+            ) from error
+
+    def _hold(self) -> None:
+        """Keep a second process from writing to the same run; the kernel lets go when this one ends, however it ends."""
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.path} is in use by another process; wait for it, or choose another run.name") from error
+        except OSError:
+            # some cluster file systems have no locks: go on without
+            self._lock.close()
+
+    def _move_aside(self) -> None:
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old{number}")).exists():
+            number += 1
+        aside.mkdir()
+        for entry in list(self.path.iterdir()):
+            if entry.name != ".lock":
+                os.replace(entry, aside / entry.name)
+
+    def _check_same(self, config: dict[str, Any]) -> None:
+        try:
+            before = flatten(yaml.safe_load(self.config.read_text()) or {})
+        except (OSError, yaml.YAMLError, AttributeError) as error:
+            raise UserError(f"{self.config} cannot be read ({error}); use --fresh to start anew") from error
+        now = flatten(config)
+        differing = [
+            f"{key} ({before.get(key)!r} -> {now.get(key)!r})"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
+        ]
+        if differing:
+            shown = ", ".join(differing[:6]) + (f" and {len(differing) - 6} more" if len(differing) > 6 else "")
+            raise UserError(
+                f"{self.path} holds a run with another configuration: {shown}; choose another run.name, or --fresh to "
+                "start anew (the old run is moved aside)"
+            )
+
+    def finished(self) -> dict[str, Any] | None:
+        """The results of a run that is done."""
+        try:
+            return json.loads(self.results.read_text())
+        except (OSError, json.JSONDecodeError):
+            return None
+
+    def best_folder(self, step: int) -> Path:
+        """Where the export of a best step lies."""
+        return self.best / f"step_{step:08d}"
+
+    def prune_best(self, keep: set[int]) -> None:
+        """Remove exports that no best score refers to any more."""
+        for folder in self.best.glob("step_*"):
+            if int(folder.name.removeprefix("step_")) not in keep:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,128 @@
+"""Several training sets as one stream whose order is a function of (seed, step), the same for every number of ranks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from hdscale.data.batches import Row
+from hdscale.data.tokenize import TokenizedSplit
+from hdscale.errors import UserError
+
+EPOCH_ORDER, SUBSET, WEIGHTED_DRAW = 1, 2, 3
+"""Purposes of random numbers: each has a stream of its own."""
+DRAWS = 4096
+"""Positions whose weighted draws are made at once."""
+
+
+class Mixture:
+    """The training rows of several tasks, mixed.
+
+    With `temperature` 1 the sets are concatenated and shuffled anew in each epoch: every row is seen once an epoch, and tasks stand
+    in proportion to their sizes (Section 3.1). Otherwise each row is drawn with replacement: its task with probability
+    proportional to `size ** (1 / temperature)`, then one of its rows.
+
+    Args:
+        sets: tokenised training sets.
+        seed: of the order (`run.seed`).
+        temperature: above 0; larger evens the tasks out.
+        fraction: share of each set that is used, in (0, 1]; the rows of a smaller share are among those of a larger one.
+        task_ids: the id of each set's task; by default its place.
+
+    Raises:
+        UserError: no rows, or a temperature or fraction out of range.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[TokenizedSplit],
+        seed: int,
+        temperature: float = 1.0,
+        fraction: float = 1.0,
+        task_ids: Sequence[int] | None = None,
+    ) -> None:
+        if not sets:
+            raise UserError("no task of data.tasks has a training set; name one that has")
+        if not temperature > 0:
+            raise UserError(f"data.temperature={temperature} must be above 0; 1 draws in proportion to the sets' sizes")
+        if not 0 < fraction <= 1:
+            raise UserError(f"data.fraction={fraction} must be above 0 and at most 1")
+        for one in sets:
+            if not len(one):
+                raise UserError(f"the training set of task {one.task} is empty")
+        self.sets, self.seed, self.temperature = list(sets), seed, temperature
+        self.task_ids = list(range(len(sets))) if task_ids is None else list(task_ids)
+        self._chosen = [subset(len(one), fraction, seed, number) for number, one in enumerate(sets)]
+        self.sizes = [len(one) if chosen is None else len(chosen) for one, chosen in zip(sets, self._chosen, strict=True)]
+        self._starts = np.cumsum([0, *self.sizes])
+        # two epochs meet in one batch, so the orders of two are kept
+        self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffle)
+        self._draws = functools.lru_cache(maxsize=2)(self._draw)
+
+    def __len__(self) -> int:
+        """Rows of one epoch."""
+        return int(self._starts[-1])
+
+    @property
+    def proportions(self) -> dict[str, float]:
+        """{task: share of the stream}."""
+        weights = np.array(self.sizes, dtype=float) ** (1 / self.temperature)
+        return {one.task: float(share) for one, share in zip(self.sets, weights / weights.sum(), strict=True)}
+
+    def rows(self, step: int, global_batch_size: int) -> list[Row]:
+        """The global batch of a step (counted from 0): all ranks get the same list and take their part of it."""
+        return [
+            self.sets[number].row(index, self.task_ids[number]) for number, index in self.places(step, global_batch_size)
+        ]
+
+    def places(self, step: int, global_batch_size: int) -> list[tuple[int, int]]:
+        """(set, row of the set) of each row of a step's global batch."""
+        positions = range(step * global_batch_size, (step + 1) * global_batch_size)
+        if self.temperature == 1:
+            return [self._place(position) for position in positions]
+        return [self._drawn(position) for position in positions]
+
+    def _place(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, len(self))
+        index = int(self._epoch_order(epoch)[place])
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return number, self._row(number, index - int(self._starts[number]))
+
+    def _drawn(self, position: int) -> tuple[int, int]:
+        block, place = divmod(position, DRAWS)
+        numbers, fractions = self._draws(block)
+        number = int(numbers[place])
+        return number, self._row(number, int(fractions[place] * self.sizes[number]))
+
+    def _row(self, number: int, index: int) -> int:
+        chosen = self._chosen[number]
+        return index if chosen is None else int(chosen[index])
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        return permutation(len(self), self.seed, EPOCH_ORDER, epoch)
+
+    def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        uniform = (random_words(2 * DRAWS, self.seed, WEIGHTED_DRAW, block) >> np.uint64(11)) * 2.0**-53
+        bounds = np.cumsum(list(self.proportions.values()))
+        numbers = np.minimum(np.searchsorted(bounds, uniform[:DRAWS], side="right"), len(self.sets) - 1)
+        return numbers, uniform[DRAWS:]
+
+
+def subset(size: int, fraction: float, seed: int, number: int) -> np.ndarray | None:
+    """Ascending rows of a share of a set, at least one; None for all."""
+    if fraction == 1:
+        return None
+    return np.sort(permutation(size, seed, SUBSET, number)[: max(1, round(size * fraction))])
+
+
+def permutation(size: int, seed: int, purpose: int, number: int) -> np.ndarray:
+    """A random order of `size` things, the same under every version of numpy (whose own shuffles promise no such thing)."""
+    return np.argsort(random_words(size, seed, purpose, number), kind="stable")
+
+
+def random_words(count: int, seed: int, purpose: int, number: int) -> np.ndarray:
+    """`count` random 64-bit words that are a function of the other arguments."""
+    generator = np.random.Philox(key=np.array([seed % 2**64, number], dtype=np.uint64), counter=[0, 0, 0, purpose])
+    return generator.random_raw(count)

@@ -1,0 +1,68 @@
+"""From a task and a split to examples.
+
+A task names the module that reads it (`Task.reader`). Such a module offers
+`identity(task, split, settings) -> list[str]`, what determines the examples besides the declaration (checksums of files);
+`check(task, split, settings)`, which raises UserError cheaply if the data cannot be there;
+`size(task, split, settings) -> int`, the rows as the paper counts them;
+`examples(task, split, settings, tokenizer) -> Iterator[Example]`, in a fixed order and bounded memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+from hdscale.data.settings import DataSettings
+from hdscale.data.tasks.task import SPLITS, Example, Task
+from hdscale.errors import UserError
+
+
+def reader(task: Task) -> ModuleType:
+    """The module that reads a task's data."""
+    return importlib.import_module(task.reader)
+
+
+def load_split(task: Task, split: str, settings: DataSettings, tokenizer: Any = None) -> Iterator[Example]:
+    """A split's examples, one by one.
+
+    Args:
+        tokenizer: needed by tasks whose examples are cut by tokens (MRQA), ignored by the others.
+
+    Raises:
+        UserError: the task has no such split, or a file, column or row cannot be used (each named).
+    """
+    check_split(task, split)
+    return reader(task).examples(task, split, settings, tokenizer)
+
+
+def load_examples(task: Task, split: str, settings: DataSettings, tokenizer: Any = None) -> Sequence[Example]:
+    """All examples of a split (`load_split` as a list: for evaluation, which needs the texts)."""
+    return list(load_split(task, split, settings, tokenizer))
+
+
+def split_identity(task: Task, split: str, settings: DataSettings) -> list[str]:
+    """What determines the split's examples besides the declaration."""
+    check_split(task, split)
+    return reader(task).identity(task, split, settings)
+
+
+def split_size(task: Task, split: str, settings: DataSettings) -> int:
+    """Rows of a split, as the paper's Tables 10-12 count them."""
+    check_split(task, split)
+    return reader(task).size(task, split, settings)
+
+
+def check_data(tasks: Iterable[Task], settings: DataSettings, splits: Sequence[str] = SPLITS) -> None:
+    """Raise UserError if a split of a task is not there or lacks a column: to be called before anything expensive."""
+    for task in tasks:
+        for split in splits:
+            if split in task.splits:
+                reader(task).check(task, split, settings)
+
+
+def check_split(task: Task, split: str) -> None:
+    """Raise UserError if the task has no such split."""
+    if split not in task.splits:
+        raise UserError(f"task {task.name} has no {split} split; it has: {', '.join(task.splits)}")

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from hdscale.errors import EXIT_USER_ERROR, UserError
+from hdscale.errors import EXIT_USER_ERROR, UserError, report
 
 VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("hdscale.data.prepare", "fetch data, tokenizer and weights into a folder for offline machines"),
@@ -41,7 +41,7 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
     try:
         return run(args)
     except UserError as error:
-        print(f"hdscale: error: {error}", file=sys.stderr)
+        report(error)
         return EXIT_USER_ERROR
     except BrokenPipeError:
         return 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
+import sys
 from collections.abc import Iterable
 
 EXIT_DONE = 0
@@ -16,6 +19,22 @@ class UserError(ValueError):
 
     Commands print it without a traceback and exit with 2.
     """
+
+
+ERROR_FILE = "HDSCALE_ERROR_FILE"
+"""Environment variable of a batch job: the file in which its ranks write down a user's mistake."""
+
+
+def report(error: UserError) -> None:
+    """Print a user's mistake to stderr; in a batch job, write it down for the shell that decides on a requeue.
+
+    That shell sees only the highest exit code of all ranks, and a rank that ends with 2 has the others killed.
+    """
+    print(f"hdscale: error: {error}", file=sys.stderr, flush=True)
+    path = os.environ.get(ERROR_FILE)
+    if path:
+        with contextlib.suppress(OSError), open(path, "a") as file:
+            file.write(f"{error}\n")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -14,9 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hdscale.cluster.settings import ClusterSettings
 from hdscale.data.settings import DataSettings
+from hdscale.data.tasks import expand_tasks
 from hdscale.engine.settings import RunSettings, TrainSettings
 from hdscale.errors import UserError, nearest
 from hdscale.evaluation.settings import EvalSettings
+from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.settings import MethodSettings, ModelSettings
 from hdscale.settings import setting
 
@@ -117,6 +119,12 @@ def yaml_with_bases(path: str | Path, seen: tuple[Path, ...] = ()) -> DictConfig
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionaries (for YAML and JSON)."""
     return dataclasses.asdict(config)
+
+
+def model_config(config: Config) -> HyperdecoderConfig:
+    """The part of a run's configuration that defines the model; the ids of tasks count those that train."""
+    tasks = expand_tasks(config.data.tasks, config.data)
+    return HyperdecoderConfig(config.model, config.method, [task.name for task in tasks if task.trains])
 
 
 def save_config(config: Config, path: str | Path) -> None:

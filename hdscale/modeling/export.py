@@ -99,19 +99,29 @@ def from_pretrained(
     return model
 
 
+def read_trainables(folder: str | Path) -> dict[str, Tensor]:
+    """The tensors of an export, by name.
+
+    Raises:
+        UserError: for a folder that holds none, or a torn file.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{folder}: no {WEIGHTS}; give the adapter/ folder of a run or of `hdscale convert`")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+
+
 def load_trainables(model: AdaptedModel, folder: str | Path) -> None:
     """Copy an export's tensors into a model's trainables.
 
     Raises:
         UserError: naming the first tensors that are missing, too many, or of another shape.
     """
+    tensors = read_trainables(folder)
     path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{folder}: no {WEIGHTS}; give the adapter/ folder of a run or of `hdscale convert`")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
     parameters = dict(model.named_parameters())
     wanted = model.trainable_names()
     missing = [name for name in wanted if name not in tensors]

@@ -165,14 +165,17 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    trainable_dtype: torch.dtype | None = None,
 ) -> AdaptedModel:
     """The base of `config.model` adapted by `config.method`; only the method's parameters require gradients.
 
     Args:
         config: base, method and tasks (not changed).
-        dtype: of base and method (DeepSpeed keeps float32 masters of the trainables).
+        dtype: of the base.
         device: "meta" counts without memory.
         seed: of whatever is initialised randomly; the caller's random state is left alone.
+        trainable_dtype: of what trains; default: `dtype`. For training in bf16 give float32: the engine makes its
+            float32 masters from these exact values.
 
     Raises:
         UserError: for anything in the configuration that does not fit, before weights are loaded.
@@ -182,12 +185,13 @@ def build_model(
     cls.check(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        base = load_base(config.model, dtype, device)
+        trainable_dtype = trainable_dtype or dtype
+        base = load_base(config.model, trainable_dtype if cls.trains_base else dtype, device)
         # one stream of random numbers for the method whatever the base was, built in or loaded
         torch.manual_seed(seed)
         with torch.device(device):
             method = cls(config, base)
-        method.to(dtype)
+        method.to(trainable_dtype)
     for name in method.base_trainables(base):
         base.get_parameter(name).requires_grad_(True)
     model = AdaptedModel(config, base, method)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hdscale.config import Config, load_config
+from hdscale.config import load_config, model_config
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.model import AdaptedModel, build_model
 
@@ -64,13 +64,6 @@ def count_parameters(model: AdaptedModel) -> ParameterCount:
 def count_for(config: HyperdecoderConfig) -> ParameterCount:
     """Count without memory or weights, in seconds at any size."""
     return count_parameters(build_model(config, dtype=torch.float32, device="meta"))
-
-
-def model_config(config: Config) -> HyperdecoderConfig:
-    """The part of a run's configuration that defines the model."""
-    from hdscale.data.tasks import expand_tasks
-
-    return HyperdecoderConfig(config.model, config.method, [task.name for task in expand_tasks(config.data.tasks)])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

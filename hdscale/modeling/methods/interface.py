@@ -23,6 +23,8 @@ class Method(nn.Module):
 
     needs_tasks = False
     """Whether task ids condition the method (then a batch must bring them)."""
+    trains_base = False
+    """Whether some of the base's own parameters train (`base_trainables`)."""
 
     def __init__(self, config: HyperdecoderConfig, base: nn.Module) -> None:
         super().__init__()

@@ -243,7 +243,7 @@ def write(
         files = {name: Column(folder, name, dtype, stack) for name, dtype in dtypes.items()}
         rows = iter(examples)
         while batch := list(islice(rows, BATCH_ROWS)):
-            files["source"].extend(encode(tokenizer, [row.source for row in batch], settings.max_source_length))
+            files["source"].extend(source_ids(tokenizer, batch, settings.max_source_length))
             files["target"].extend(encode(tokenizer, [row.target for row in batch], settings.max_target_length))
             files["ids"].extend([np.frombuffer(row.id.encode(), dtype=np.uint8) for row in batch])
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -253,8 +253,23 @@ def write(
         sync(file)
 
 
+def source_ids(tokenizer: Any, examples: list[Example], length: int) -> list[list[int]]:
+    """Token ids of the examples' sources; those of a chunk are the window that it was cut as."""
+    if all(hasattr(example, "input_ids") for example in examples):
+        return [list(example.input_ids) for example in examples]
+    return encode(tokenizer, [example.source for example in examples], length)
+
+
+def source_ids(tokenizer: Any, examples: list[Example], length: int) -> list[list[int]]:
+    """Token ids of the sources; those that were cut by tokens already stay as they are."""
+    encoded = iter(encode(tokenizer, [row.source for row in examples if row.input_ids is None], length))
+    return [next(encoded) if row.input_ids is None else list(row.input_ids) for row in examples]
+
+
 def encode(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
     """Token ids of texts, cut at `length` with `</s>` kept as the last."""
+    if not texts:
+        return []
     return tokenizer(texts, truncation=True, max_length=length, padding=False, return_attention_mask=False)["input_ids"]
 
 

@@ -21,6 +21,7 @@ MODULES = (
     "hdscale.data.tasks.glue",
     "hdscale.data.tasks.nli",
     "hdscale.data.tasks.summarisation",
+    "hdscale.data.mrqa",
 )
 MIXTURE_OF_ALL = "all"
 

@@ -1,0 +1,100 @@
+"""From answers of chunks to answers of questions (Section 3.1.2), and the official evaluator's prediction files.
+
+Every chunk of a question is decoded and scored by the summed log-likelihood of the tokens generated, </s> included (the empty answer
+is `</s>` alone and is scored too). The likeliest non-empty answer is the question's; it is empty if all are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hdscale.data.mrqa import official_ids
+from hdscale.errors import UserError
+from hdscale.evaluation.decode import atomic_writer
+
+
+def best_answer(chunks: Sequence[Mapping[str, Any]], mean: bool = False) -> str:
+    """The likeliest non-empty prediction among a question's chunks, or the empty string.
+
+    Args:
+        chunks: records with `prediction`, `score` (summed log-likelihood) and `tokens` (how many were summed), in chunk order.
+        mean: rank by the score per token instead; it favours longer answers.
+
+    Among equal scores the earlier chunk wins.
+    """
+    best, best_score = "", float("-inf")
+    for chunk in chunks:
+        text = chunk["prediction"].strip()
+        score = chunk["score"] / max(chunk["tokens"], 1) if mean else chunk["score"]
+        if text and (not best or score > best_score):
+            best, best_score = text, score
+    return best
+
+
+def is_chunked(examples: Sequence[Any]) -> bool:
+    """Whether these examples are chunks, each a part of the question that its `group` names."""
+    return len(examples) > 0 and getattr(examples[0], "group", None) is not None
+
+
+def first_questions(examples: Sequence[Any], limit: int) -> int:
+    """How many leading chunks make up the first `limit` questions."""
+    questions: set[str] = set()
+    for number, example in enumerate(examples):
+        questions.add(example.group)
+        if len(questions) > limit:
+            return number
+    return len(examples)
+
+
+def answer_questions(
+    records: Iterable[Mapping[str, Any]], examples: Sequence[Any], mean: bool = False
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """The questions' answers, from the records of their chunks.
+
+    Args:
+        records: predictions, one for each of `examples`, in the same order.
+        examples: chunks; `group` is the question's id, `references` its gold answers.
+        mean: see `best_answer`.
+
+    Returns:
+        ({question id: answer}, {question id: its first chunk}), both in the order of the questions.
+    """
+    chunks: dict[str, list[Mapping[str, Any]]] = {}
+    first: dict[str, Any] = {}
+    for record, example in zip(records, examples, strict=True):
+        chunks.setdefault(example.group, []).append(record)
+        first.setdefault(example.group, example)
+    return {question: best_answer(found, mean) for question, found in chunks.items()}, first
+
+
+def to_official(answers: Mapping[str, str]) -> dict[str, str]:
+    """{qid: answer} as the shared task's evaluator reads it.
+
+    Where a file repeats a qid, the later question's answer stands, as the later gold answers do in the official evaluator.
+    """
+    qids = official_ids(answers)
+    return {qids[question]: answer for question, answer in answers.items()}
+
+
+def write_official(answers: Mapping[str, str], path: str | Path) -> None:
+    """Write the official evaluator's prediction file: one JSON object, qid -> answer."""
+    with atomic_writer(Path(path)) as stream:
+        json.dump(to_official(answers), stream, ensure_ascii=False)
+
+
+def read_official(path: str | Path, questions: Iterable[str]) -> dict[str, str]:
+    """{question id: answer} of an official prediction file for these question ids; one it lacks is answered by the empty string.
+
+    Raises:
+        UserError: not a JSON object of strings.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: no prediction file can be read here: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(answer, str) for answer in content.values()):
+        raise UserError(f"{path}: must be one JSON object that maps each qid to its answer, a string")
+    return {question: content.get(qid, "") for question, qid in official_ids(questions).items()}

@@ -1,1 +1,13 @@
+"""Fixtures that every room's tests share."""
 
+from __future__ import annotations
+
+import pytest
+
+from tests.ranks import RankPool
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> RankPool:
+    """Ranks without the cost of a launch: `rank_pool(2).run("tests.module:function", kwargs)`; see tests/ranks.py."""
+    return RankPool()

@@ -1,0 +1,234 @@
+"""The training step under DeepSpeed: the gradient of one global batch, however it is cut into ranks and micro-batches."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from hdscale.engine import zero
+from hdscale.engine.deepspeed_config import resolve_deepspeed_config
+from hdscale.engine.distributed import Ranks
+from hdscale.engine.optimizer import build_optimizer, learning_rate_factor, trainable_parameters
+from hdscale.errors import UserError
+
+Batch = Mapping[str, torch.Tensor]
+
+IDS_SHOWN = 16
+
+
+class NonFiniteError(UserError):
+    """The loss, a gradient or a weight is infinite or not a number: training cannot go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """One optimizer step over a global batch.
+
+    Attributes:
+        step: number of this step, counted from 1.
+        loss: mean over the global batch's target tokens (or their sum, with `train.loss_reduction=sum`).
+        tokens: target tokens of the global batch.
+        grad_norm: norm of the global gradient before clipping.
+        learning_rate: the (first parameter group's) rate of this step.
+    """
+
+    step: int
+    loss: float
+    tokens: int
+    grad_norm: float
+    learning_rate: float
+
+
+def build_engine(model: nn.Module, config: Any, ranks: Ranks) -> Engine:
+    """Hand the model to DeepSpeed.
+
+    Args:
+        model: called with a batch's tensors, it returns a tuple or mapping of (`loss_sum`, `tokens`); its frozen
+            parameters have `requires_grad=False`. Trainables in fp32 keep their exact values as masters under bf16.
+        config: the run's configuration; read are `train`, `deepspeed` and `run.seed`.
+
+    Raises:
+        UserError: for a DeepSpeed JSON that contradicts the configuration, or a model with nothing to train.
+    """
+    parameters = trainable_parameters(model)
+    count = sum(parameter.numel() for parameter in parameters.values())
+    json_config = resolve_deepspeed_config(config.deepspeed, config.train, ranks.world_size, count)
+    return Engine(model, config.train, json_config, ranks, config.run.seed)
+
+
+class Engine:
+    """A model under DeepSpeed's ZeRO with AdamW on its trainables.
+
+    Attributes:
+        step: optimizer steps done.
+        module: the model (for evaluation: use it inside `evaluating()`).
+        parameters: {name: parameter} of the trainables, in the model's order.
+    """
+
+    def __init__(
+        self, model: nn.Module, train: Any, json_config: dict[str, Any], ranks: Ranks, seed: int
+    ) -> None:
+        import deepspeed
+
+        self.ranks, self.train, self.seed = ranks, train, seed
+        self.step = 0
+        offload = "offload_optimizer" in json_config["zero_optimization"]
+        optimizer = build_optimizer(model, train, fused=ranks.device.type == "cuda" and not offload)
+        self.parameters = trainable_parameters(model)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        exact = exact_masters(self.parameters) if train.dtype == "bf16" else {}
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=json_config, dist_init_required=False
+        )
+        self.module: nn.Module = self._deepspeed.module
+        self.stage: int = self._deepspeed.zero_optimization_stage()
+        if exact:
+            self.load_trainables(exact)
+
+    def train_step(self, micro_batches: Sequence[Batch], rows: Sequence[Any] = ()) -> StepResult:
+        """One optimizer step over this rank's share of a global batch.
+
+        The loss is the mean over the global batch's target tokens (labels other than -100): counted over all ranks
+        and micro-batches first, so that the gradient does not depend on how the batch was cut. Dropout is seeded by
+        (seed, step, rank, micro-batch), so that a resumed run draws the same masks.
+
+        Args:
+            micro_batches: the same number on every rank (ZeRO reduces gradients at each backward pass): see
+                `pad_micro_batches`. Tensors may lie on the CPU.
+            rows: the rows of these micro-batches (with `task` and `id`), named if the step fails.
+
+        Raises:
+            NonFiniteError: on every rank, if the loss or the gradient is not finite. The weights are as before.
+        """
+        ranks, step = self.ranks, self.step
+        rate = self._set_learning_rate(learning_rate_factor(step, self.train.warmup_steps, self.train.max_steps))
+        moved = [{name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()}
+                 for batch in micro_batches]  # fmt: skip
+        tokens = torch.stack([(batch["labels"] != -100).sum() for batch in moved]).sum()
+        ranks.sum_(tokens)
+        # DeepSpeed averages over the ranks; the loss wanted is a sum over them
+        scale = torch.full((), float(ranks.world_size), dtype=torch.float32, device=ranks.device)
+        if self.train.loss_reduction == "mean":
+            scale = scale / tokens.clamp(min=1)
+
+        self.module.train()
+        total = torch.zeros((), dtype=torch.float32, device=ranks.device)
+        for index, batch in enumerate(moved):
+            torch.manual_seed(dropout_seed(self.seed, step, ranks.rank, index))
+            loss_sum = loss_of(self._deepspeed(**batch))
+            total += loss_sum.detach()
+            self._deepspeed.backward(loss_sum.float() * scale, scale_wrt_gas=False)
+        ranks.sum_(total)
+        loss = (total / tokens.clamp(min=1)) if self.train.loss_reduction == "mean" else total
+        loss_value = loss.item()
+        if not numpy.isfinite(loss_value):
+            raise self._failure(f"the loss is {loss_value}", rows)
+        self._deepspeed.step()
+        # DeepSpeed skips an update with a non-finite gradient and says nothing
+        if getattr(self._deepspeed.optimizer, "overflow", False):
+            raise self._failure("the gradient is not finite", rows)
+        self.step = step + 1
+        return StepResult(self.step, loss_value, int(tokens.item()), float(self._deepspeed.get_global_grad_norm()), rate)
+
+    def _set_learning_rate(self, factor: float) -> float:
+        groups = self._deepspeed.optimizer.param_groups
+        for group in groups:
+            group["lr"] = group["peak_lr"] * factor
+        return groups[0]["lr"]
+
+    def _failure(self, what: str, rows: Sequence[Any]) -> NonFiniteError:
+        """The error that names the step and, gathered from all ranks, the batch's tasks and ids."""
+        named = [(row.task, str(row.id)) for row in rows]
+        everyone = [pair for part in self.ranks.gather_objects(named) for pair in part]
+        message = f"step {self.step + 1}: {what}"
+        if everyone:
+            ids = [identity for _, identity in everyone]
+            more = f" and {len(ids) - IDS_SHOWN} more" if len(ids) > IDS_SHOWN else ""
+            message += f"; tasks {', '.join(sorted({task for task, _ in everyone}))}; ids {', '.join(ids[:IDS_SHOWN])}{more}"
+        return NonFiniteError(
+            f"{message}; the last checkpoint is untouched: lower train.learning_rate, or look at these rows"
+        )
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The model, in evaluation mode and with whole weights, for any number of forward passes per rank."""
+        self.module.eval()
+        try:
+            with torch.no_grad(), zero.whole_weights(self._deepspeed):
+                yield self.module
+        finally:
+            self.module.train()
+
+    def trainable_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, fp32 master on the CPU) of each trainable, one after the other. Collective: every rank must iterate."""
+        for name, parameter in self.parameters.items():
+            yield name, zero.full_master(parameter).detach().to("cpu", copy=True)
+
+    def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """("exp_avg.<name>" or "exp_avg_sq.<name>", fp32 on the CPU). Collective. Nothing before the first step."""
+        if self.step == 0:
+            return
+        for name, parameter in self.parameters.items():
+            for key in zero.STATE_KEYS:
+                yield f"{key}.{name}", zero.full_state(parameter, key).detach().to("cpu", copy=True)
+
+    def load_trainables(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set the masters, and the working copies of the weights, from full fp32 tensors (the same on every rank)."""
+        for name, parameter in self.parameters.items():
+            zero.set_full(parameter, tensors[name])
+        zero.masters_to_weights(self._deepspeed, self.parameters.values())
+
+    def load_optimizer(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
+        """Set AdamW's moments as they were after `step` updates (none for step 0)."""
+        self.step = step
+        if step == 0:
+            return
+        zero.create_states(self._deepspeed.optimizer, step)
+        for name, parameter in self.parameters.items():
+            for key in zero.STATE_KEYS:
+                zero.set_full(parameter, tensors[f"{key}.{name}"], key)
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds (hooks and buffers)."""
+        self._deepspeed.destroy()
+
+
+def exact_masters(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Copies of the fp32 trainables, or {} where any is kept in fewer bits already.
+
+    DeepSpeed would otherwise make the masters from weights that were rounded to bf16.
+    """
+    if any(parameter.dtype != torch.float32 for parameter in parameters.values()):
+        return {}
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+
+
+def pad_micro_batches(micro_batches: Sequence[Batch], count: int) -> list[Batch]:
+    """The micro-batches, and so many of zero weight after them that there are `count`.
+
+    A padding micro-batch is one row of the first with all labels -100: it has no target tokens, so no loss.
+    """
+    padding = {name: tensor[:1].clone() for name, tensor in micro_batches[0].items()}
+    padding["labels"].fill_(-100)
+    return [*micro_batches, *([padding] * (count - len(micro_batches)))]
+
+
+def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
+    """A 63-bit seed that is different for each (seed, step, rank, micro-batch)."""
+    sequence = numpy.random.SeedSequence([seed & 0xFFFFFFFF, step, rank, micro_batch])
+    return int(sequence.generate_state(1, numpy.uint64)[0] >> numpy.uint64(1))
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """`loss_sum` of a model's output. DeepSpeed finds the loss in tuples and mappings only, where its hooks start."""
+    if isinstance(output, Mapping):
+        return output["loss_sum"]
+    if isinstance(output, tuple):
+        return output[0]
+    raise TypeError(f"the model must return a tuple or a mapping with loss_sum first, not {type(output).__name__}")

@@ -1,0 +1,119 @@
+"""DeepSpeed's sharded masters and optimizer states, read and written as whole tensors: ZeRO stages 1, 2, 3 and offload.
+
+Reading is DeepSpeed's public `safe_get_*`. Writing into a fresh optimizer is not public in 0.19 for stages 1 and 2
+(its state does not exist before the first step); the package pins deepspeed to that minor version for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import nn
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq")
+
+
+def full_master(parameter: nn.Parameter) -> torch.Tensor:
+    """The whole fp32 master of a trainable, on its device. Collective."""
+    return safe_get_full_fp32_param(parameter)
+
+
+def full_state(parameter: nn.Parameter, key: str) -> torch.Tensor:
+    """The whole AdamW moment `key` of a trainable, on its device. Collective."""
+    return safe_get_full_optimizer_state(parameter, key)
+
+
+def set_full(parameter: nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
+    """Write this rank's part of a whole tensor into the master (key None) or a moment."""
+    if hasattr(parameter, "ds_id"):
+        part = local_part(parameter, value)
+        if key is None:
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, key)
+    elif key is None:
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)
+
+
+def local_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """This rank's piece of a tensor under ZeRO-3: equal pieces, the last ones padded with zeros.
+
+    DeepSpeed's own setter of whole tensors does not pad and fails where the ranks do not divide the size.
+    """
+    size = parameter.ds_tensor.numel()
+    group = parameter.ds_process_group
+    start = size * torch.distributed.get_rank(group=group)
+    piece = value.flatten()[start : start + size]
+    return torch.nn.functional.pad(piece, (0, size - piece.numel()))
+
+
+def master_partitions(optimizer: Any) -> list[torch.Tensor]:
+    """This rank's flat fp32 tensors, one for each parameter group (stages 1, 2) or sub-group (stage 3)."""
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return list(optimizer.single_partition_of_fp32_groups)
+    return list(optimizer.fp32_partitioned_groups_flat)
+
+
+def create_states(optimizer: Any, step: int) -> None:
+    """Give AdamW the state that it has after `step` updates, with zero moments, so that they can be set."""
+    adamw = optimizer.optimizer
+    for partition in master_partitions(optimizer):
+        fused = adamw.defaults.get("fused")
+        adamw.state[partition] = {
+            "step": torch.tensor(float(step), dtype=torch.float32, device=partition.device if fused else "cpu"),
+            **{key: torch.zeros_like(partition) for key in STATE_KEYS},
+        }
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # a second load must link the new tensors too
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def masters_to_weights(engine: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Round the masters into the weights that the forward pass uses. Collective."""
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer.update_lp_params()
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    for parameter in parameters:
+        master = full_master(parameter)
+        with GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(master)
+
+
+@contextlib.contextmanager
+def whole_weights(engine: Any) -> Iterator[None]:
+    """All weights gathered on every rank, without collectives in the forward pass.
+
+    Under ZeRO-3 a forward pass is collective, but ranks evaluate different numbers of batches of different lengths.
+    """
+    if engine.zero_optimization_stage() < 3:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    offload = engine.optimizer.parameter_offload
+    with GatheredParameters(list(engine.module.parameters()), modifier_rank=None):
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        for parameter in engine.module.parameters():
+            parameter.ds_active_sub_modules.clear()
+        try:
+            yield
+        finally:
+            offload._register_deepspeed_module(offload.module)

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks.task import Task
@@ -78,30 +79,13 @@ def find_on_hub(task: Task, origin: str, settings: DataSettings) -> RemoteFiles:
 def listing(repo: str, revision: str) -> tuple[str, tuple[str, ...]]:
     """(commit, file names) of a hub data set; of the local cache's snapshot where the hub cannot be reached."""
     import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        info = huggingface_hub.HfApi().dataset_info(repo, revision=revision)
+        info = repo_info(repo, revision, "dataset")
         return str(info.sha), tuple(sorted(sibling.rfilename for sibling in info.siblings or []))
-    except GatedRepoError as error:
-        raise UserError(f"hub data set {repo} is gated: accept its terms on the hub and log in (`hf auth login`)") from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"hub data set {repo} has no revision '{revision}'; see data.revision and data.revisions") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"there is no hub data set '{repo}' (or it is private: log in by `hf auth login`)") from error
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else one_line(error)
-    except Exception as error:  # the hub client's transport has its own hierarchy of network errors
-        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
-            raise
-        reason = one_line(error)
+    except UnreachableError as error:
+        reason = error
     try:
         folder = Path(
             huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True)
@@ -112,6 +96,51 @@ def listing(repo: str, revision: str) -> tuple[str, tuple[str, ...]]:
             "--to DIR` on a machine with internet, then set data.root=DIR"
         ) from error
     return folder.name, tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+
+
+class UnreachableError(Exception):
+    """The hub does not answer (no network, or HF_HUB_OFFLINE); the message says which."""
+
+
+def repo_info(repo: str, revision: str, kind: str, sizes: bool = False) -> Any:
+    """The hub's description of a repository: `sha`, `siblings` (with sizes and checksums if asked for).
+
+    Args:
+        kind: `dataset` or `model`.
+
+    Raises:
+        UserError: no such repository or revision, or no access to it.
+        UnreachableError: the hub does not answer.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    what = "data set" if kind == "dataset" else kind
+    try:
+        return huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=sizes)
+    except GatedRepoError as error:
+        raise UserError(f"hub {what} {repo} is gated: accept its terms on the hub and log in (`hf auth login`)") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"hub {what} {repo} has no revision '{revision}'; see data.revisions and model.revision") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"there is no hub {what} '{repo}' (or it is private: log in by `hf auth login`)") from error
+    except HFValidationError as error:
+        raise UserError(f"'{repo}' is no name of a hub {what}: {one_line(error)}") from error
+    except OfflineModeIsEnabled as error:
+        raise UnreachableError("HF_HUB_OFFLINE is set") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UnreachableError(one_line(error)) from error
+    except Exception as error:  # the hub client's transport has its own hierarchy of network errors
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
+            raise
+        raise UnreachableError(one_line(error)) from error
 
 
 def download(remote: RemoteFiles, name: str) -> Path:

@@ -54,7 +54,7 @@ def split_size(task: Task, split: str, settings: DataSettings) -> int:
     return reader(task).size(task, split, settings)
 
 
-def check_data(tasks: Iterable[Task], settings: DataSettings, splits: Sequence[str] = SPLITS) -> None:
+def check_splits(tasks: Iterable[Task], settings: DataSettings, splits: Sequence[str] = SPLITS) -> None:
     """Raise UserError if a split of a task is not there or lacks a column: to be called before anything expensive."""
     for task in tasks:
         for split in splits:

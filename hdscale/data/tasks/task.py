@@ -34,6 +34,8 @@ class Example:
     """All gold texts, where a metric needs more than the target (QA, several summaries)."""
     group: str | None = None
     """What the example is a part of (MRQA: the question that this chunk belongs to); None: stands for itself."""
+    input_ids: tuple[int, ...] | None = None
+    """The source's tokens, where the text was cut by tokens already."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,10 @@ hdscale_python=(${HDSCALE_PYTHON:-python})   # a command of several words, such 
 # hdscale_begin (--launch DIR | --config FILE [key=value …]): checks the configuration and notes the start.
 # Ends the job with 2 on a mistake in it, before any rank starts.
 hdscale_begin() {
-  "${hdscale_python[@]}" -m hdscale.cluster.batch begin "$@" || exit $?
+  # ranks write a user's mistake there: srun's exit code is the highest of all ranks', and those that it ends
+  # because one has failed come to 143
+  HDSCALE_ERROR_FILE=$("${hdscale_python[@]}" -m hdscale.cluster.batch begin "$@") || exit $?
+  export HDSCALE_ERROR_FILE
 }
 
 # hdscale_end CODE (--launch DIR | --config FILE [key=value …]): what the ranks' exit code means for the job.
@@ -35,6 +38,7 @@ hdscale_end() {
   state=$(scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
   "${hdscale_python[@]}" -m hdscale.cluster.batch end --code "$code" --state "${state:-UNKNOWN}" "$@"
   answer=$?
+  [ ! -s "${HDSCALE_ERROR_FILE:-}" ] || code=2
   # 0 again, 3 not again; anything else: the question itself failed, and a sick node must not end the run
   [ "$answer" = 0 ] || [ "$answer" = 3 ] || [ "${SLURM_RESTART_COUNT:-0}" -ge "${HDSCALE_MAX_REQUEUES:-3}" ] || answer=0
   [ "$answer" != 0 ] || scontrol requeue "$id"

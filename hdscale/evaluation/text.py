@@ -12,7 +12,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _SENTENCE_END = re.compile(r"""(?<=[.!?])(?:["'”’)\]]*)\s+(?=["'“‘(\[]*[^\W_a-z])""")
 _ABBREVIATION = re.compile(
-    r"(?:^|[\s(\[])(?:mr|mrs|ms|dr|prof|st|sr|jr|gen|col|lt|sgt|rep|sen|gov|rev|hon|no|vs|inc|ltd|co|corp|fig|etc|"
+    r"(?:^|[\s(\[])(?:mr|mrs|ms|dr|prof|st|sr|jr|gen|col|lt|sgt|rep|sen|gov|rev|hon|vs|inc|ltd|co|corp|fig|etc|"
     r"e\.g|i\.e|u\.s|u\.k|u\.n|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|[a-z])\.$",
     re.IGNORECASE,
 )

@@ -25,12 +25,16 @@ ERROR_FILE = "HDSCALE_ERROR_FILE"
 """Environment variable of a batch job: the file in which its ranks write down a user's mistake."""
 
 
-def report(error: UserError) -> None:
+def report(error: UserError, show: bool = True) -> None:
     """Print a user's mistake to stderr; in a batch job, write it down for the shell that decides on a requeue.
 
     That shell sees only the highest exit code of all ranks, and a rank that ends with 2 has the others killed.
+
+    Args:
+        show: print it; of several ranks one is enough.
     """
-    print(f"hdscale: error: {error}", file=sys.stderr, flush=True)
+    if show:
+        print(f"hdscale: error: {error}", file=sys.stderr, flush=True)
     path = os.environ.get(ERROR_FILE)
     if path:
         with contextlib.suppress(OSError), open(path, "a") as file:

@@ -1,4 +1,5 @@
-"""A small stand-in for the model hub: enough of its interface for the official client to list and fetch files."""
+"""A small stand-in for the model hub: enough of its interface for the official client to list and fetch
+files."""
 
 from __future__ import annotations
 

@@ -29,10 +29,12 @@ def collate(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> dict[str, to
     Args:
         rows: B of them, B >= 1.
         pad_id: the tokenizer's padding id.
-        multiple: lengths are rounded up to a multiple of this (8 suits tensor cores; fewer shapes suit a compiler).
+        multiple: lengths are rounded up to a multiple of this (8 suits tensor cores; fewer shapes suit a
+            compiler).
 
     Returns:
-        int64 tensors `input_ids` [B, S], `attention_mask` [B, S], `labels` [B, T] (-100 is padding), `task_ids` [B].
+        int64 tensors `input_ids` [B, S], `attention_mask` [B, S], `labels` [B, T] (-100 is padding),
+        `task_ids` [B].
     """
     import torch
 

@@ -23,15 +23,19 @@ def cache_folder(settings: DataSettings) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"no folder for tokenised data at {folder} ({error.strerror}); set data.cache to one") from error
+        raise UserError(
+            f"no folder for tokenised data at {folder} ({error.strerror}); set data.cache to one"
+        ) from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder}: no permission to write tokenised data there; set data.cache to another folder")
+        raise UserError(
+            f"{folder}: no permission to write tokenised data there; set data.cache to another folder"
+        )
     return folder
 
 
 def file_checksum(path: str | Path, settings: DataSettings) -> str:
-    """SHA-256 of a file. Remembered in the cache under the file's place, size and time of change, so that a set of many
-    gigabytes is read once, not at each start of each rank."""
+    """SHA-256 of a file. Remembered in the cache under the file's place, size and time of change, so that a
+    set of many gigabytes is read once, not at each start of each rank."""
     path = Path(path).resolve()
     stat = path.stat()
     return _remembered(str(path), stat.st_size, stat.st_mtime_ns, cache_folder(settings))

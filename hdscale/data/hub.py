@@ -1,4 +1,4 @@
-"""Where the parquet files of a hub data set are: in a local mirror of the hub's layout (`data.root`), or on the hub itself."""
+"""Where a hub data set's parquet files are: in a mirror of the hub's layout (`data.root`), or on the hub."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class RemoteFiles:
 
 
 def split_paths(task: Task, origin: str, settings: DataSettings) -> list[Path]:
-    """Local paths of the parquet files of one of the data set's own splits, in order; downloaded first where there is no mirror.
+    """Local paths of the parquet files of one of the data set's own splits, in order; downloaded first where
+    there is no mirror.
 
     Raises:
         UserError: the split is not there, a shard of it is missing, or the hub cannot be reached.
@@ -39,18 +40,27 @@ def split_paths(task: Task, origin: str, settings: DataSettings) -> list[Path]:
         return [download(remote, name) for name in remote.names]
     root = Path(settings.root)
     if not root.is_dir():
-        raise UserError(f"data.root={settings.root} is no folder; `hdscale prepare --config F --to DIR` fills one")
+        raise UserError(
+            f"data.root={settings.root} is no folder; `hdscale prepare --config F --to DIR` fills one"
+        )
     folder = root / str(task.repo)
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")) if folder.is_dir() else []
+    names = (
+        sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet"))
+        if folder.is_dir()
+        else []
+    )
     found = match(names, task.configs, origin)
     if not found:
         wanted = folder / task.configs[0] / f"{origin}-00000-of-00001.parquet"
-        raise UserError(f"{wanted} is missing: split '{origin}' of task {task.name}{have(names)}; {remedy(settings)}")
+        raise UserError(
+            f"{wanted} is missing: split '{origin}' of task {task.name}{have(names)}; {remedy(settings)}"
+        )
     return [folder / name for name in whole(found, str(folder))]
 
 
 def find_on_hub(task: Task, origin: str, settings: DataSettings) -> RemoteFiles:
-    """The files of a split on the hub: at the pinned (or configured) revision, else in the hub's parquet conversion."""
+    """The files of a split on the hub: at the pinned (or configured) revision, else in the hub's parquet
+    conversion."""
     repo = str(task.repo)
     configured = settings.revisions.get(repo) or settings.revision
     revisions = [configured or task.revision or "main"]
@@ -77,7 +87,8 @@ def find_on_hub(task: Task, origin: str, settings: DataSettings) -> RemoteFiles:
 
 @functools.lru_cache(maxsize=256)
 def listing(repo: str, revision: str) -> tuple[str, tuple[str, ...]]:
-    """(commit, file names) of a hub data set; of the local cache's snapshot where the hub cannot be reached."""
+    """(commit, file names) of a hub data set; of the local cache's snapshot where the hub cannot be
+    reached."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -88,14 +99,19 @@ def listing(repo: str, revision: str) -> tuple[str, tuple[str, ...]]:
         reason = error
     try:
         folder = Path(
-            huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True)
+            huggingface_hub.snapshot_download(
+                repo, repo_type="dataset", revision=revision, local_files_only=True
+            )
         )
     except (LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"hub data set {repo} is neither reachable ({reason}) nor in the local cache; run `hdscale prepare --config F "
+            f"hub data set {repo} is neither reachable ({reason}) nor in the local cache; run `hdscale "
+            "prepare --config F "
             "--to DIR` on a machine with internet, then set data.root=DIR"
         ) from error
-    return folder.name, tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+    return folder.name, tuple(
+        sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    )
 
 
 class UnreachableError(Exception):
@@ -124,13 +140,21 @@ def repo_info(repo: str, revision: str, kind: str, sizes: bool = False) -> Any:
 
     what = "data set" if kind == "dataset" else kind
     try:
-        return huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=sizes)
+        return huggingface_hub.HfApi().repo_info(
+            repo, revision=revision, repo_type=kind, files_metadata=sizes
+        )
     except GatedRepoError as error:
-        raise UserError(f"hub {what} {repo} is gated: accept its terms on the hub and log in (`hf auth login`)") from error
+        raise UserError(
+            f"hub {what} {repo} is gated: accept its terms on the hub and log in (`hf auth login`)"
+        ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"hub {what} {repo} has no revision '{revision}'; see data.revisions and model.revision") from error
+        raise UserError(
+            f"hub {what} {repo} has no revision '{revision}'; see data.revisions and model.revision"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"there is no hub {what} '{repo}' (or it is private: log in by `hf auth login`)") from error
+        raise UserError(
+            f"there is no hub {what} '{repo}' (or it is private: log in by `hf auth login`)"
+        ) from error
     except HFValidationError as error:
         raise UserError(f"'{repo}' is no name of a hub {what}: {one_line(error)}") from error
     except OfflineModeIsEnabled as error:
@@ -148,10 +172,13 @@ def download(remote: RemoteFiles, name: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.hf_hub_download(remote.repo, name, repo_type="dataset", revision=remote.commit))
+        return Path(
+            huggingface_hub.hf_hub_download(remote.repo, name, repo_type="dataset", revision=remote.commit)
+        )
     except Exception as error:
         raise UserError(
-            f"{name} of hub data set {remote.repo}@{remote.revision} cannot be fetched: {one_line(error)}; run `hdscale "
+            f"{name} of hub data set {remote.repo}@{remote.revision} cannot be fetched: {one_line(error)}; "
+            "run `hdscale "
             "prepare --config F --to DIR` on a machine with internet, then set data.root=DIR"
         ) from error
 
@@ -159,8 +186,9 @@ def download(remote: RemoteFiles, name: str) -> Path:
 def match(names: list[str] | tuple[str, ...], configs: tuple[str, ...], origin: str) -> list[str]:
     """Names of a split's files in the first of `configs` that has any.
 
-    The hub has four layouts: `<config>/<split>-00000-of-00001.parquet` (an upload's hash may follow), `<config>/<split>/0000.parquet`
-    and `<config>/<set>-<split>.parquet` (conversions), and `<config>/<split>.parquet`.
+    The hub has four layouts: `<config>/<split>-00000-of-00001.parquet` (an upload's hash may follow),
+    `<config>/<split>/0000.parquet` and `<config>/<set>-<split>.parquet` (conversions), and
+    `<config>/<split>.parquet`.
     """
     for config in configs:
         prefix = re.escape(f"{config}/" if config else "")
@@ -183,7 +211,11 @@ def whole(names: list[str], place: str) -> list[str]:
     for total, present in shards.items():
         if sorted(present) != list(range(total)) or len(shards) > 1:
             missing = sorted(set(range(total)) - set(present))
-            what = f"shard {missing[0]:05d}-of-{total:05d} is missing" if missing else "shards of several uploads are mixed"
+            what = (
+                f"shard {missing[0]:05d}-of-{total:05d} is missing"
+                if missing
+                else "shards of several uploads are mixed"
+            )
             raise UserError(f"{place}: {names[0]}: {what}; fetch the split again with `hdscale prepare`")
     return names
 

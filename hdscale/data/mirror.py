@@ -42,7 +42,8 @@ class Wanted:
 
 
 class Mirror:
-    """A mirror being filled. Each file is recorded as soon as it is whole, so that a broken run goes on where it stopped.
+    """A mirror being filled. Each file is recorded as soon as it is whole, so that a broken run goes on where
+    it stopped.
 
     Args:
         folder: made if it is not there.
@@ -56,7 +57,9 @@ class Mirror:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--to {folder}: cannot be made ({error.strerror}); name a folder that you may write") from error
+            raise UserError(
+                f"--to {folder}: cannot be made ({error.strerror}); name a folder that you may write"
+            ) from error
         if not os.access(self.folder, os.W_OK):
             raise UserError(f"--to {folder}: no permission to write there")
         self.manifest: dict[str, Any] = {"format": FORMAT, "files": {}, "splits": {}, "weights": {}}
@@ -67,7 +70,9 @@ class Mirror:
                 if found.get("format") != FORMAT:
                     raise UserError(f"{path}: written by another version of hdscale; name a new folder")
             except (json.JSONDecodeError, AttributeError) as error:
-                raise UserError(f"{path}: damaged ({error}); remove it: whole files will be found again") from error
+                raise UserError(
+                    f"{path}: damaged ({error}); remove it: whole files will be found again"
+                ) from error
             self.manifest |= found
         self.manifest["hdscale"] = __version__
 
@@ -101,14 +106,18 @@ class Mirror:
         """Bring files into the mirror, with a progress bar over all bytes; returns those that were not there.
 
         Raises:
-            UserError: too little space, a transfer that fails, or content that differs from the hub's checksum.
+            UserError: too little space, a transfer that fails, or content that differs from the hub's
+                checksum.
         """
         files = list(files)
         missing = [file for file in files if not self.has(file, verify)]
         needed, free = sum(file.size for file in missing), shutil.disk_usage(self.folder).free
-        room = needed + sum(file.size for file in missing if file.name.endswith(".bin"))  # for their conversion
+        # pickled weights and their conversion are there together for a while
+        room = needed + sum(file.size for file in missing if file.name.endswith(".bin"))
         if room > free:
-            raise UserError(f"--to {self.folder}: {gigabytes(room)} are needed there, but {gigabytes(free)} are free")
+            raise UserError(
+                f"--to {self.folder}: {gigabytes(room)} are needed there, but {gigabytes(free)} are free"
+            )
         with Progress(transient=True) as progress:
             bar = progress.add_task("fetching", total=needed)
             for file in missing:
@@ -146,20 +155,26 @@ class Mirror:
             )
         except OSError as error:
             raise UserError(
-                f"{file.name} of {file.repo}@{file.revision} cannot be fetched ({one_line(error)}); run the same command again: "
+                f"{file.name} of {file.repo}@{file.revision} cannot be fetched ({one_line(error)}); run the "
+                "same command again: "
                 "what is whole stays"
             ) from error
         except Exception as error:
-            if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")):
+            if not type(error).__module__.startswith(
+                ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
+            ):
                 raise
             raise UserError(
-                f"{file.name} of {file.repo}@{file.revision} cannot be fetched ({one_line(error)}); run the same command again: "
+                f"{file.name} of {file.repo}@{file.revision} cannot be fetched ({one_line(error)}); run the "
+                "same command again: "
                 "what is whole stays"
             ) from error
         found = sha256(path)
         if file.checksum and found != file.checksum:
             path.unlink()
-            raise UserError(f"{file.path}: its content differs from the hub's checksum; run the same command again")
+            raise UserError(
+                f"{file.path}: its content differs from the hub's checksum; run the same command again"
+            )
         self.record(file.path, found, repo=file.repo, revision=file.revision, commit=file.commit)
 
     def record(self, name: str, checksum: str, **facts: Any) -> None:
@@ -183,7 +198,9 @@ def remote_files(repo: str, revision: str, kind: str) -> dict[str, Wanted]:
     try:
         info = repo_info(repo, revision, kind, sizes=True)
     except UnreachableError as error:
-        raise UserError(f"hub {kind} {repo} cannot be reached ({error}); run `hdscale prepare` where there is internet") from error
+        raise UserError(
+            f"hub {kind} {repo} cannot be reached ({error}); run `hdscale prepare` where there is internet"
+        ) from error
     return {
         sibling.rfilename: Wanted(
             repo=repo,

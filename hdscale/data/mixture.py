@@ -1,4 +1,4 @@
-"""Several training sets as one stream whose order is a function of (seed, step), the same for every number of ranks."""
+"""Several training sets as one stream: its order is a function of (seed, step), whatever the ranks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ DRAWS = 4096
 class Mixture:
     """The training rows of several tasks, mixed.
 
-    With `temperature` 1 the sets are concatenated and shuffled anew in each epoch: every row is seen once an epoch, and tasks stand
-    in proportion to their sizes (Section 3.1). Otherwise each row is drawn with replacement: its task with probability
-    proportional to `size ** (1 / temperature)`, then one of its rows.
+    With `temperature` 1 the sets are concatenated and shuffled anew in each epoch: every row is seen once an
+    epoch, and tasks stand in proportion to their sizes (Section 3.1). Otherwise each row is drawn with
+    replacement: its task with probability proportional to `size ** (1 / temperature)`, then one of its rows.
 
     Args:
         sets: tokenised training sets.
         seed: of the order (`run.seed`).
         temperature: above 0; larger evens the tasks out.
-        fraction: share of each set that is used, in (0, 1]; the rows of a smaller share are among those of a larger one.
+        fraction: share of each set that is used, in (0, 1]; the rows of a smaller share are among those of a
+            larger one.
         task_ids: the id of each set's task; by default its place.
 
     Raises:
@@ -46,7 +47,9 @@ class Mixture:
         if not sets:
             raise UserError("no task of data.tasks has a training set; name one that has")
         if not temperature > 0:
-            raise UserError(f"data.temperature={temperature} must be above 0; 1 draws in proportion to the sets' sizes")
+            raise UserError(
+                f"data.temperature={temperature} must be above 0; 1 draws in proportion to the sets' sizes"
+            )
         if not 0 < fraction <= 1:
             raise UserError(f"data.fraction={fraction} must be above 0 and at most 1")
         for one in sets:
@@ -55,7 +58,10 @@ class Mixture:
         self.sets, self.seed, self.temperature = list(sets), seed, temperature
         self.task_ids = list(range(len(sets))) if task_ids is None else list(task_ids)
         self._chosen = [subset(len(one), fraction, seed, number) for number, one in enumerate(sets)]
-        self.sizes = [len(one) if chosen is None else len(chosen) for one, chosen in zip(sets, self._chosen, strict=True)]
+        self.sizes = [
+            len(one) if chosen is None else len(chosen)
+            for one, chosen in zip(sets, self._chosen, strict=True)
+        ]
         self._starts = np.cumsum([0, *self.sizes])
         # two epochs meet in one batch, so the orders of two are kept
         self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffle)
@@ -72,9 +78,10 @@ class Mixture:
         return {one.task: float(share) for one, share in zip(self.sets, weights / weights.sum(), strict=True)}
 
     def rows(self, step: int, global_batch_size: int) -> list[Row]:
-        """The global batch of a step (counted from 0): all ranks get the same list and take their part of it."""
+        """The global batch of a step (counted from 0), the same on every rank, which takes its part of it."""
         return [
-            self.sets[number].row(index, self.task_ids[number]) for number, index in self.places(step, global_batch_size)
+            self.sets[number].row(index, self.task_ids[number])
+            for number, index in self.places(step, global_batch_size)
         ]
 
     def places(self, step: int, global_batch_size: int) -> list[tuple[int, int]]:
@@ -118,11 +125,14 @@ def subset(size: int, fraction: float, seed: int, number: int) -> np.ndarray | N
 
 
 def permutation(size: int, seed: int, purpose: int, number: int) -> np.ndarray:
-    """A random order of `size` things, the same under every version of numpy (whose own shuffles promise no such thing)."""
+    """A random order of `size` things, the same under every version of numpy (whose own shuffles promise no
+    such thing)."""
     return np.argsort(random_words(size, seed, purpose, number), kind="stable")
 
 
 def random_words(count: int, seed: int, purpose: int, number: int) -> np.ndarray:
     """`count` random 64-bit words that are a function of the other arguments."""
-    generator = np.random.Philox(key=np.array([seed % 2**64, number], dtype=np.uint64), counter=[0, 0, 0, purpose])
+    generator = np.random.Philox(
+        key=np.array([seed % 2**64, number], dtype=np.uint64), counter=[0, 0, 0, purpose]
+    )
     return generator.random_raw(count)

@@ -1,7 +1,8 @@
 """`hdscale prepare`: everything that a run needs from the hub, into a folder for machines without internet.
 
-The folder is a mirror in the hub's layout (`DIR/<repository>/<file>`) with `hdscale_manifest.json`: for each file its resolved commit,
-size and SHA-256. A run with `data.root=DIR model.name=DIR/<model>` and `HF_HUB_OFFLINE=1` then needs nothing else.
+The folder is a mirror in the hub's layout (`DIR/<repository>/<file>`) with `hdscale_manifest.json`: for each
+file its resolved commit, size and SHA-256. A run with `data.root=DIR model.name=DIR/<model>` and
+`HF_HUB_OFFLINE=1` then needs nothing else.
 """
 
 from __future__ import annotations
@@ -41,12 +42,20 @@ PICKLED_FILES = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `hdscale prepare`."""
     add_config_arguments(parser)
-    parser.add_argument("--to", metavar="DIR", required=True, help="folder to fill; run again to go on or to bring up to date")
+    parser.add_argument(
+        "--to", metavar="DIR", required=True, help="folder to fill; run again to go on or to bring up to date"
+    )
     parser.add_argument("--tokenizer-only", action="store_true", help="fetch the tokenizer alone")
-    parser.add_argument("--no-weights", action="store_true", help="leave the base's weights out (data and tokenizer)")
+    parser.add_argument(
+        "--no-weights", action="store_true", help="leave the base's weights out (data and tokenizer)"
+    )
     parser.add_argument("--no-data", action="store_true", help="leave the data out (tokenizer and weights)")
-    parser.add_argument("--any-size", action="store_true", help="accept splits whose sizes differ from the paper's tables")
-    parser.add_argument("--verify", action="store_true", help="read every file that is there and compare its checksum")
+    parser.add_argument(
+        "--any-size", action="store_true", help="accept splits whose sizes differ from the paper's tables"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read every file that is there and compare its checksum"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,17 +88,27 @@ def run(args: argparse.Namespace) -> int:
     mirror.save()
     if differences and not args.any_size:
         raise UserError(
-            f"{'; '.join(differences)}. Name another revision by data.revisions, or accept these data by --any-size (files are kept)"
+            f"{'; '.join(differences)}. Name another revision by data.revisions, or accept these data by "
+            "--any-size (files are kept)"
         )
     usage = [f"data.root={args.to}"] if from_hub else []
     usage += [f"model.name={mirror.folder / model}"] if weights else []
-    usage += [f"model.tokenizer={mirror.folder / tokenizer}"] if tokenizer and not (weights and tokenizer == model) else []
-    console.print(f"offline: HF_HUB_OFFLINE=1 hdscale train --config {args.config} {' '.join(usage)}", highlight=False, soft_wrap=True)
+    usage += (
+        [f"model.tokenizer={mirror.folder / tokenizer}"]
+        if tokenizer and not (weights and tokenizer == model)
+        else []
+    )
+    console.print(
+        f"offline: HF_HUB_OFFLINE=1 hdscale train --config {args.config} {' '.join(usage)}",
+        highlight=False,
+        soft_wrap=True,
+    )
     return EXIT_DONE
 
 
 def needs_hub(task: Task, settings: DataSettings) -> bool:
-    """Whether a task's rows come from the hub: not from one's own files, a generator, or the shared task's folder."""
+    """Whether a task's rows come from the hub: not from one's own files, a generator, or the shared task's
+    folder."""
     own_files = bool(task.files) or (task.kind == "qa" and settings.mrqa_root is not None)
     return task.repo is not None and not own_files
 
@@ -136,29 +155,40 @@ def tokenizer_files(repo: str, revision: str | None) -> list[Wanted]:
     files = remote_files(repo, revision or "main", "model")
     chosen = chosen_files(files, TOKENIZER_FILES)
     if not any(file.name != "config.json" for file in chosen):
-        raise UserError(f"hub model {repo} has no tokenizer; name another repository or folder by model.tokenizer")
+        raise UserError(
+            f"hub model {repo} has no tokenizer; name another repository or folder by model.tokenizer"
+        )
     return chosen
 
 
 def weight_files(repo: str, revision: str | None) -> list[Wanted]:
-    """Configuration and weights: safetensors if the repository has them, else pickled files to be converted."""
+    """Configuration and weights: safetensors if the repository has them, else pickled files to be
+    converted."""
     files = remote_files(repo, revision or "main", "model")
     for patterns in (WEIGHT_FILES, PICKLED_FILES):
         weights = chosen_files(files, patterns)
         if weights:
             return chosen_files(files, MODEL_FILES) + weights
-    raise UserError(f"hub model {repo} has neither safetensors nor PyTorch weights; name another by model.name")
+    raise UserError(
+        f"hub model {repo} has neither safetensors nor PyTorch weights; name another by model.name"
+    )
 
 
 def chosen_files(files: dict[str, Wanted], patterns: Sequence[str]) -> list[Wanted]:
     """Files at the top of a repository whose names match."""
-    return [file for name, file in files.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    return [
+        file for name, file in files.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    ]
 
 
 def finish_weights(mirror: Mirror, model: str, wanted: Sequence[Wanted], console: Console) -> None:
     """Convert pickled weights, once, and note the fingerprint by which exports know their base."""
     folder = mirror.folder / model
-    pickled = [file for file in wanted if file.repo == model and file.name.endswith(".bin") and (folder / file.name).is_file()]
+    pickled = [
+        file
+        for file in wanted
+        if file.repo == model and file.name.endswith(".bin") and (folder / file.name).is_file()
+    ]
     if pickled:
         console.print(f"converting {len(pickled)} file(s) of {model} to safetensors", highlight=False)
         written = convert_pickled(folder, [file.name for file in pickled])
@@ -167,7 +197,8 @@ def finish_weights(mirror: Mirror, model: str, wanted: Sequence[Wanted], console
         for file in pickled:
             mirror.manifest["files"][file.path]["converted_to"] = written
         mirror.save()
-        for file in pickled:  # only now: until the manifest knows the new files, the old ones are the whole truth
+        # only now: until the manifest knows the new files, the old ones are the whole truth
+        for file in pickled:
             os.unlink(folder / file.name)
     mirror.manifest["weights"][model] = {"fingerprint": fingerprint_weights(folder)}
     mirror.save()
@@ -181,9 +212,14 @@ def check_sizes(mirror: Mirror, tasks: Sequence[Task], settings: DataSettings, c
         counts = {split: split_size(task, split, settings) for split in task.splits}
         mirror.manifest["splits"][task.name] = counts
         wrong = [split for split in counts if split in task.sizes and counts[split] != task.sizes[split]]
-        differences += [f"{task.name} {split}: {counts[split]} rows, the paper's table says {task.sizes[split]}" for split in wrong]
+        differences += [
+            f"{task.name} {split}: {counts[split]} rows, the paper's table says {task.sizes[split]}"
+            for split in wrong
+        ]
         verdict = "differs" if wrong else "as stated" if task.sizes else "not stated"
-        table.add_row(task.name, *(f"{counts[split]:,}" if split in counts else "-" for split in SPLITS), verdict)
+        table.add_row(
+            task.name, *(f"{counts[split]:,}" if split in counts else "-" for split in SPLITS), verdict
+        )
     if tasks:
         console.print(table)
     return differences

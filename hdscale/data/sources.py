@@ -1,9 +1,9 @@
 """From a task and a split to examples.
 
 A task names the module that reads it (`Task.reader`). Such a module offers
-`identity(task, split, settings) -> list[str]`, what determines the examples besides the declaration (checksums of files);
-`check(task, split, settings)`, which raises UserError cheaply if the data cannot be there;
-`size(task, split, settings) -> int`, the rows as the paper counts them;
+`identity(task, split, settings) -> list[str]`, what determines the examples besides the declaration
+(checksums of files); `check(task, split, settings)`, which raises UserError cheaply if the data cannot be
+there; `size(task, split, settings) -> int`, the rows as the paper counts them;
 `examples(task, split, settings, tokenizer) -> Iterator[Example]`, in a fixed order and bounded memory.
 """
 
@@ -55,7 +55,8 @@ def split_size(task: Task, split: str, settings: DataSettings) -> int:
 
 
 def check_splits(tasks: Iterable[Task], settings: DataSettings, splits: Sequence[str] = SPLITS) -> None:
-    """Raise UserError if a split of a task is not there or lacks a column: to be called before anything expensive."""
+    """Raise UserError if a split of a task is not there or lacks a column: to be called before anything
+    expensive."""
     for task in tasks:
         for split in splits:
             if split in task.splits:

@@ -35,7 +35,10 @@ def paths_of(task: Task, origin: str, settings: DataSettings) -> list[Path]:
     paths = [Path(path).expanduser() for path in task.files[origin]]
     for path in paths:
         if not path.is_file():
-            raise UserError(f"task {task.name}: no file {path} (split '{origin}'); relative paths start at the working folder")
+            raise UserError(
+                f"task {task.name}: no file {path} (split '{origin}'); relative paths start at the working "
+                "folder"
+            )
     return paths
 
 
@@ -46,13 +49,16 @@ def identity(task: Task, split: str, settings: DataSettings) -> list[str]:
 
 
 def check(task: Task, split: str, settings: DataSettings) -> None:
-    """Raise UserError, naming file and column, if a file of the split is missing, unreadable, or lacks a column."""
+    """Raise UserError, naming file and column, if a file of the split is missing, unreadable, or lacks a
+    column."""
     for paths in origin_paths(task, split, settings).values():
         for path in paths:
             known = column_names(path, task)
             for column in task.columns() if known is not None else []:
                 if column not in known:
-                    raise UserError(f"{path}: no column '{column}', which task {task.name} reads{nearest(column, known)}")
+                    raise UserError(
+                        f"{path}: no column '{column}', which task {task.name} reads{nearest(column, known)}"
+                    )
 
 
 def size(task: Task, split: str, settings: DataSettings) -> int:
@@ -98,7 +104,10 @@ def check_unique(example: Example, where: str, seen: dict[str, str], task: Task)
     if not example.id.strip():
         raise UserError(f"{where}: column '{task.id}' of task {task.name} is empty; every row needs an id")
     if example.id in seen:
-        raise UserError(f"{where}: id '{example.id}' of task {task.name} is that of {seen[example.id]} too; ids must be unique")
+        raise UserError(
+            f"{where}: id '{example.id}' of task {task.name} is that of {seen[example.id]} too; ids must be "
+            "unique"
+        )
     seen[example.id] = where
 
 
@@ -136,7 +145,9 @@ def iter_rows(path: Path, task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]
         header = list(task.header) or next(lines, (0, []))[1]
         for number, cells in lines:
             if len(cells) != len(header):
-                raise UserError(f"{path}: line {number} has {len(cells)} cells, but there are {len(header)} columns")
+                raise UserError(
+                    f"{path}: line {number} has {len(cells)} cells, but there are {len(header)} columns"
+                )
             yield f"{path}: line {number}", dict(zip(header, cells, strict=True))
     else:
         yield from ((f"{path}: line {number}", row) for number, row in json_rows(path))
@@ -147,7 +158,9 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({hub.one_line(error)}); fetch it again") from error
+        raise UserError(
+            f"{path}: not a readable parquet file ({hub.one_line(error)}); fetch it again"
+        ) from error
 
 
 def parquet_rows(path: Path, task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -160,15 +173,22 @@ def parquet_rows(path: Path, task: Task) -> Iterator[tuple[str, Mapping[str, Any
                     yield f"{path}: row {number}", row
                     number += 1
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged after row {number} ({hub.one_line(error)}); fetch it again") from error
+            raise UserError(
+                f"{path}: damaged after row {number} ({hub.one_line(error)}); fetch it again"
+            ) from error
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of a CSV file, the header included; TSV files have no quoting, as GLUE's official ones."""
+    """(line number, cells) of a CSV file, the header included; TSV files have no quoting, as GLUE's official
+    ones."""
     tab = suffix_of(path) == ".tsv"
     with open_text(path) as file:
         lines = text_lines(file, path)
-        rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(lines, strict=True)
+        rows = (
+            csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+            if tab
+            else csv.reader(lines, strict=True)
+        )
         while True:
             try:
                 cells = next(rows)
@@ -189,7 +209,9 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}: line {number} is not JSON ({error.msg}); write one object a line") from error
+                raise UserError(
+                    f"{path}: line {number} is not JSON ({error.msg}); write one object a line"
+                ) from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number} is not a JSON object; write one object a line")
             yield number, row
@@ -210,6 +232,8 @@ def text_lines(file: IO[str], path: Path) -> Iterator[str]:
             number += 1
             yield line
     except (EOFError, gzip.BadGzipFile, OSError) as error:
-        raise UserError(f"{path}: damaged or cut off after line {number} ({hub.one_line(error)}); copy it again") from error
+        raise UserError(
+            f"{path}: damaged or cut off after line {number} ({hub.one_line(error)}); copy it again"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 after line {number} ({error.reason})") from error

@@ -47,7 +47,8 @@ def load_tokenizer(name: str | None, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     advice = (
-        "set model.tokenizer to a folder or hub id (T5's: google/t5-v1_1-base), or run `hdscale prepare --config F --to DIR` on a "
+        "set model.tokenizer to a folder or hub id (T5's: google/t5-v1_1-base), or run `hdscale prepare "
+        "--config F --to DIR` on a "
         "machine with internet and set model.tokenizer to the folder that it names"
     )
     if not name:
@@ -62,7 +63,8 @@ def load_tokenizer(name: str | None, revision: str | None = None) -> Any:
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 of what decides how a tokenizer cuts text: not where it lies, nor how it was last called."""
     known = _FINGERPRINTS.get(tokenizer)
-    if known and known[0] == len(tokenizer):  # half a second for a large vocabulary, and asked for by every split
+    # half a second for a large vocabulary, and asked for by every split
+    if known and known[0] == len(tokenizer):
         return known[1]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -152,15 +154,18 @@ def map_file(path: Path, dtype: str) -> np.ndarray:
 def tokenized_split(task: Task, split: str, tokenizer: Any, settings: DataSettings) -> TokenizedSplit:
     """A split as token ids, from the cache, or built into it.
 
-    The first process that comes builds, under a file lock; the others wait and map the same files. The entry appears by a rename,
-    whole or not at all; a torn one (a full disk, a copied cache) is built again.
+    The first process that comes builds, under a file lock; the others wait and map the same files. The entry
+    appears by a rename, whole or not at all; a torn one (a full disk, a copied cache) is built again.
 
     Raises:
         UserError: a row that cannot be used, a cache that cannot be written, lengths below 2 tokens.
     """
     for key in ("max_source_length", "max_target_length"):
         if getattr(settings, key) < 2:
-            raise UserError(f"data.{key}={getattr(settings, key)} leaves no room for text beside </s>; it must be at least 2")
+            raise UserError(
+                f"data.{key}={getattr(settings, key)} leaves no room for text beside </s>; it must be at "
+                "least 2"
+            )
     key = cache_key(task, split, tokenizer, settings)
     folder = cache_folder(settings) / "tokenized" / f"{task.name}.{split}.{key[:20]}"
     with contextlib.suppress(ValueError):
@@ -177,7 +182,8 @@ def tokenized_split(task: Task, split: str, tokenizer: Any, settings: DataSettin
 
 
 def cache_key(task: Task, split: str, tokenizer: Any, settings: DataSettings) -> str:
-    """SHA-256 of everything that decides the token ids: declaration, content of the files, tokenizer, lengths."""
+    """SHA-256 of everything that decides the token ids: declaration, content of the files, tokenizer,
+    lengths."""
     declared = dataclasses.asdict(task)
     for name in ("metrics", "decoding", "sizes", "repo", "configs", "revision", "files", "splits"):
         declared.pop(name)
@@ -194,8 +200,8 @@ def cache_key(task: Task, split: str, tokenizer: Any, settings: DataSettings) ->
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on `path` that the system frees when its holder dies. On a file system without locks the body just runs:
-    several processes may then build the same entry, and the first rename wins."""
+    """Hold a lock on `path` that the system frees when its holder dies. On a file system without locks the
+    body just runs: several processes may then build the same entry, and the first rename wins."""
     from filelock import FileLock
 
     lock = FileLock(path)
@@ -227,7 +233,8 @@ def build(folder: Path, task: Task, split: str, tokenizer: Any, settings: DataSe
         if (folder / META).is_file():  # without a lock another process may have been first
             return
         raise UserError(
-            f"tokenised data cannot be written to {folder.parent} ({error.strerror or error}); free some space, or set data.cache"
+            f"tokenised data cannot be written to {folder.parent} ({error.strerror or error}); free some "
+            "space, or set data.cache"
         ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -244,20 +251,15 @@ def write(
         rows = iter(examples)
         while batch := list(islice(rows, BATCH_ROWS)):
             files["source"].extend(source_ids(tokenizer, batch, settings.max_source_length))
-            files["target"].extend(encode(tokenizer, [row.target for row in batch], settings.max_target_length))
+            files["target"].extend(
+                encode(tokenizer, [row.target for row in batch], settings.max_target_length)
+            )
             files["ids"].extend([np.frombuffer(row.id.encode(), dtype=np.uint8) for row in batch])
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     meta = {"task": task.name, "split": split, "rows": files["ids"].rows, "dtypes": dtypes, "files": sizes}
     with open(folder / META, "w") as file:
         json.dump(meta, file)
         sync(file)
-
-
-def source_ids(tokenizer: Any, examples: list[Example], length: int) -> list[list[int]]:
-    """Token ids of the examples' sources; those of a chunk are the window that it was cut as."""
-    if all(hasattr(example, "input_ids") for example in examples):
-        return [list(example.input_ids) for example in examples]
-    return encode(tokenizer, [example.source for example in examples], length)
 
 
 def source_ids(tokenizer: Any, examples: list[Example], length: int) -> list[list[int]]:
@@ -270,7 +272,8 @@ def encode(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
     """Token ids of texts, cut at `length` with `</s>` kept as the last."""
     if not texts:
         return []
-    return tokenizer(texts, truncation=True, max_length=length, padding=False, return_attention_mask=False)["input_ids"]
+    encoded = tokenizer(texts, truncation=True, max_length=length, padding=False, return_attention_mask=False)
+    return encoded["input_ids"]
 
 
 class Column:

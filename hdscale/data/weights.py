@@ -38,12 +38,16 @@ def convert_pickled(folder: Path, names: Sequence[str]) -> list[str]:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".converting.") as made:
             save_torch_state_dict(tensors, made, max_shard_size=SHARD_SIZE, safe_serialization=True)
             # the index last: a folder with it has all shards
-            written = sorted((path.name for path in Path(made).iterdir()), key=lambda name: (name.endswith(".json"), name))
+            written = sorted(
+                (path.name for path in Path(made).iterdir()), key=lambda name: (name.endswith(".json"), name)
+            )
             for name in written:
                 os.replace(Path(made) / name, folder / name)
                 (folder / name).chmod(0o644)
     except OSError as error:
-        raise UserError(f"weights cannot be converted in {folder} ({error.strerror or error}); free some space") from error
+        raise UserError(
+            f"weights cannot be converted in {folder} ({error.strerror or error}); free some space"
+        ) from error
     return written
 
 
@@ -58,16 +62,21 @@ def read_tensors(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: not a file of tensors that can be read safely ({reason}); fetch it again") from error
+        raise UserError(
+            f"{path}: not a file of tensors that can be read safely ({reason}); fetch it again"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path}: holds something else than tensors by name; give a transformers checkpoint")
     return state
 
 
 def without_aliases(tensors: dict[str, Any]) -> dict[str, Any]:
-    """The tensors, each memory once: safetensors cannot say that embeddings are tied, and loading ties them again."""
+    """The tensors, each memory once: safetensors cannot say that embeddings are tied, and loading ties them
+    again."""
     kept: dict[tuple[int, Any], str] = {}
     for name in sorted(tensors, key=lambda name: (name != KEPT_NAME, name)):
         tensor = tensors[name]
-        kept.setdefault((tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (id(tensor), ()), name)
+        kept.setdefault(
+            (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (id(tensor), ()), name
+        )
     return {name: tensors[name] for name in kept.values()}

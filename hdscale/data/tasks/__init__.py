@@ -1,7 +1,7 @@
 """The tasks: declarations (row to text) and the registry that finds them by name.
 
-A module with tasks offers `tasks(settings) -> list[Task]` and, where it has some, `MIXTURES: {name: names of tasks}`; adding it to
-`MODULES` is all that a new family needs.
+A module with tasks offers `tasks(settings) -> list[Task]` and, where it has some, `MIXTURES: {name: names of
+tasks}`; adding it to `MODULES` is all that a new family needs.
 """
 
 from __future__ import annotations
@@ -15,19 +15,31 @@ from hdscale.data.tasks.custom import task_from_mapping
 from hdscale.data.tasks.task import KINDS, SPLITS, Decoding, Example, SplitRule, Task
 from hdscale.errors import UserError, nearest
 
-__all__ = ["KINDS", "SPLITS", "Decoding", "Example", "SplitRule", "Task", "expand_tasks", "get_task", "registry"]
+__all__ = [
+    "KINDS",
+    "SPLITS",
+    "Decoding",
+    "Example",
+    "SplitRule",
+    "Task",
+    "expand_tasks",
+    "get_task",
+    "registry",
+]
 
 MODULES = (
     "hdscale.data.tasks.glue",
     "hdscale.data.tasks.nli",
     "hdscale.data.tasks.summarisation",
     "hdscale.data.mrqa",
+    "hdscale.quickstart.tasks",
 )
 MIXTURE_OF_ALL = "all"
 
 
 def registry(settings: DataSettings | None = None) -> tuple[dict[str, Task], dict[str, tuple[str, ...]]]:
-    """({name: task}, {mixture: names of tasks}): built-in ones, then those of `data.custom` and `data.mixtures`."""
+    """({name: task}, {mixture: names of tasks}): built-in ones, then those of `data.custom` and
+    `data.mixtures`."""
     settings = settings or DataSettings()
     tasks: dict[str, Task] = {}
     mixtures: dict[str, tuple[str, ...]] = {}
@@ -39,7 +51,9 @@ def registry(settings: DataSettings | None = None) -> tuple[dict[str, Task], dic
     built_in = {*tasks, *mixtures}
     for name, declaration in settings.custom.items():
         if name in built_in:
-            raise UserError(f"data.custom.{name}: the package has a task or mixture of this name; choose another")
+            raise UserError(
+                f"data.custom.{name}: the package has a task or mixture of this name; choose another"
+            )
         if not isinstance(declaration, Mapping):
             raise UserError(f"data.custom.{name} must be a mapping (docs/tasks.md), not {declaration!r}")
         tasks[name] = task_from_mapping({**declaration, "name": name})

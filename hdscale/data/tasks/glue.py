@@ -1,4 +1,4 @@
-"""The eight GLUE tasks: text format of T5 (Section 3.1.1), the paper's splits or GLUE's own dev sets (Table 2)."""
+"""The eight GLUE tasks: T5's text format, the paper's splits (3.1.1) or GLUE's own dev sets (Table 2)."""
 
 from __future__ import annotations
 
@@ -41,9 +41,8 @@ DEV = {
 def tasks(settings: DataSettings) -> list[Task]:
     """The declarations, with the splits that `data.glue_protocol` and `data.mnli_test` choose."""
     if settings.glue_protocol not in ("paper", "dev"):
-        raise UserError(
-            f"data.glue_protocol={settings.glue_protocol}{nearest(str(settings.glue_protocol), ['paper', 'dev'])}"
-        )
+        known = nearest(str(settings.glue_protocol), ["paper", "dev"])
+        raise UserError(f"data.glue_protocol={settings.glue_protocol}{known}")
     if not 0 < settings.stsb_step <= 5:
         raise UserError(f"data.stsb_step={settings.stsb_step} must be above 0 and at most 5; T5's is 0.2")
     declared = [
@@ -57,7 +56,9 @@ def tasks(settings: DataSettings) -> list[Task]:
         ),
         glue("mrpc", PAIR, HALVED, ("accuracy", "f1")),
         replace(
-            glue("qqp", "{name} question1: {{question1}} question2: {{question2}}", CARVED, ("accuracy", "f1")),
+            glue(
+                "qqp", "{name} question1: {{question1}} question2: {{question2}}", CARVED, ("accuracy", "f1")
+            ),
             # the official files hold a few pairs with one question missing; Table 10 counts them
             may_be_empty=("question1", "question2"),
         ),
@@ -74,14 +75,22 @@ def tasks(settings: DataSettings) -> list[Task]:
     if settings.mnli_test == "mismatched":
         validation, test = TABLE_10["mnli"]["test"], TABLE_10["mnli"]["validation"]
         declared = [
-            replace(task, sizes={**task.sizes, "validation": validation, "test": test}) if task.name == "mnli" else task
+            replace(task, sizes={**task.sizes, "validation": validation, "test": test})
+            if task.name == "mnli"
+            else task
             for task in declared
         ]
-    return [dev(task, settings.mnli_test) for task in declared] if settings.glue_protocol == "dev" else declared
+    return (
+        [dev(task, settings.mnli_test) for task in declared] if settings.glue_protocol == "dev" else declared
+    )
 
 
 def glue(
-    name: str, source: str, splits: dict[str, SplitRule], metrics: tuple[str, ...], labels: tuple[str, ...] = BINARY
+    name: str,
+    source: str,
+    splits: dict[str, SplitRule],
+    metrics: tuple[str, ...],
+    labels: tuple[str, ...] = BINARY,
 ) -> Task:
     """One label task of GLUE; its label is the target as the data set gives it."""
     return Task(

@@ -1,4 +1,4 @@
-"""XSum, CNN/DailyMail and English WikiLingua (Section 3.1.3): documents and summaries on their official splits."""
+"""XSum, CNN/DailyMail and English WikiLingua (Section 3.1.3), on their official splits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def summary(
         source="summarize: {" + document + "}",
         target="{" + target + "}",
         metrics=("rouge1", "rouge2", "rougeL", "rougeLsum"),
-        # web text: Table 12 counts every row, and one blank document among hundreds of thousands is no reason to stop
+        # web text: Table 12 counts every row, and a blank one among hundreds of thousands must not stop a run
         may_be_empty=(document, target),
         decoding=Decoding(max_target_length=MAX_SUMMARY_TOKENS, num_beams=beams, min_length=MIN_LENGTH),
         repo=repo,

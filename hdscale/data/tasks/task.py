@@ -17,7 +17,8 @@ from hdscale.errors import UserError, nearest
 KINDS = ("label", "number", "text", "qa")
 SPLITS = ("train", "validation", "test")
 HELD_OUT_ROWS = 1000
-"""Training rows that become the validation set where a data set has only one labelled set to test on (Section 3.1.1)."""
+"""Training rows that become the validation set where a data set has only one labelled set to test on (Section
+3.1.1)."""
 SPLIT_SEED = 42
 
 
@@ -33,7 +34,8 @@ class Example:
     references: tuple[str, ...] | None = None
     """All gold texts, where a metric needs more than the target (QA, several summaries)."""
     group: str | None = None
-    """What the example is a part of (MRQA: the question that this chunk belongs to); None: stands for itself."""
+    """What the example is a part of (MRQA: the question that this chunk belongs to); None: stands for
+    itself."""
     input_ids: tuple[int, ...] | None = None
     """The source's tokens, where the text was cut by tokens already."""
 
@@ -43,8 +45,8 @@ class Decoding:
     """How predictions are generated where it differs from `eval.*`.
 
     `max_target_length` counts generated tokens with `</s>` (None: the longest label of a label task, else
-    `data.max_target_length`); `num_beams` None means `eval.num_beams`; `min_length` counts as transformers does, with the
-    decoder's start token: 2 forbids an empty output.
+    `data.max_target_length`); `num_beams` None means `eval.num_beams`; `min_length` counts as transformers
+    does, with the decoder's start token: 2 forbids an empty output.
     """
 
     max_target_length: int | None = None
@@ -56,9 +58,10 @@ class Decoding:
 class SplitRule:
     """Which rows make up a split.
 
-    `origins` are the data set's own splits (or the keys of a task's `files`), joined in this order. `part` cuts them by a shuffle
-    with `seed`: `all`; `first_half` and `second_half` (the first is the smaller of an odd number); `held_out` (`rows` rows, at most
-    half of a small set) and `remainder` (the others). The rows of a part keep their order in the data set.
+    `origins` are the data set's own splits (or the keys of a task's `files`), joined in this order. `part`
+    cuts them by a shuffle with `seed`: `all`; `first_half` and `second_half` (the first is the smaller of an
+    odd number); `held_out` (`rows` rows, at most half of a small set) and `remainder` (the others). The rows
+    of a part keep their order in the data set.
     """
 
     origins: tuple[str, ...]
@@ -94,13 +97,14 @@ class SplitRule:
 class Task:
     """A declaration: everything that the package knows of a task.
 
-    Rows come from parquet files of a hub data set (`repo`, the folder being one of `configs`) or from `files` of one's own
-    (JSONL, CSV, TSV, parquet). `source` and `target` are templates with column names in braces.
+    Rows come from parquet files of a hub data set (`repo`, the folder being one of `configs`) or from `files`
+    of one's own (JSONL, CSV, TSV, parquet). `source` and `target` are templates with column names in braces.
     """
 
     name: str
     kind: str
-    """What the target is: `label` (one of `labels`), `number`, `text`, or `qa` (an answer, of which there may be several)."""
+    """What the target is: `label` (one of `labels`), `number`, `text`, or `qa` (an answer, of which there may
+    be several)."""
     splits: Mapping[str, SplitRule]
     source: str
     target: str
@@ -128,7 +132,8 @@ class Task:
     header: tuple[str, ...] = ()
     """Column names of CSV and TSV files without a header line."""
     reader: str = "hdscale.data.tables"
-    """Module that turns the task's data into examples; what it must offer stands in `hdscale.data.sources`."""
+    """Module that turns the task's data into examples; what it must offer stands in
+    `hdscale.data.sources`."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What only that reader knows."""
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -160,7 +165,8 @@ class Task:
         for path, text in values.items():
             if not text.strip() and path not in self.may_be_empty:
                 raise UserError(
-                    f"{where}: column '{path}' of task {self.name} is empty; fill or remove the row, or list the column "
+                    f"{where}: column '{path}' of task {self.name} is empty; fill or remove the row, or "
+                    "list the column "
                     "under the task's may_be_empty"
                 )
         references = None
@@ -190,7 +196,9 @@ class Task:
             found = []
         texts = list(found) if isinstance(found, Sequence) and not isinstance(found, str) else [found]
         if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where}: column '{self.references}' of task {self.name} must hold texts, not {texts!r:.80}")
+            raise UserError(
+                f"{where}: column '{self.references}' of task {self.name} must hold texts, not {texts!r:.80}"
+            )
         return tuple(texts)
 
     def check_target(self, target: str, where: str) -> str:
@@ -204,7 +212,11 @@ class Task:
             return text
         if self.kind == "number":
             return self.number_text(target, where)
-        if self.kind == "text" and not target.strip() and not set(fields(self.target)) & set(self.may_be_empty):
+        if (
+            self.kind == "text"
+            and not target.strip()
+            and not set(fields(self.target)) & set(self.may_be_empty)
+        ):
             raise UserError(f"{where}: the target of task {self.name} is empty; fill or remove the row")
         return target
 
@@ -218,12 +230,15 @@ class Task:
             raise UserError(f"{where}: target '{target}' of task {self.name} is not a number")
         if self.bounds and not self.bounds[0] <= number <= self.bounds[1]:
             low, high = self.bounds
-            raise UserError(f"{where}: target {number:g} of task {self.name} is outside its range, {low:g} to {high:g}")
+            raise UserError(
+                f"{where}: target {number:g} of task {self.name} is outside its range, {low:g} to {high:g}"
+            )
         return target if self.step is None else round_to_step(number, self.step)
 
 
 def round_to_step(number: float, step: float) -> str:
-    """`number` at the nearest multiple of `step`, with the decimals of `step`; ties go to the even multiple (T5's rounding)."""
+    """`number` at the nearest multiple of `step`, with the decimals of `step`; ties go to the even multiple
+    (T5's rounding)."""
     per_unit = 1 / step
     if abs(per_unit - round(per_unit)) < 1e-9:
         per_unit = round(per_unit)
@@ -243,9 +258,13 @@ def parts(template: str) -> tuple[tuple[str, str | None], ...]:
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise UserError(f"template '{template}': {error}; write column names in braces, literal braces twice") from error
+        raise UserError(
+            f"template '{template}': {error}; write column names in braces, literal braces twice"
+        ) from error
     if any(name is not None and (not name or spec or how or "[" in name) for _, name, spec, how in parsed):
-        raise UserError(f"template '{template}': only plain column names may stand in braces, such as {{question}}")
+        raise UserError(
+            f"template '{template}': only plain column names may stand in braces, such as {{question}}"
+        )
     return tuple((literal, name) for literal, name, _, _ in parsed)
 
 

@@ -14,6 +14,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("hdscale.train", "train, evaluate and test a model (one process, or a rank under SLURM)"),
     "params": ("hdscale.modeling.params", "count parameters by part, and the trainable share"),
     "convert": ("hdscale.modeling.convert", "read the released implementation's checkpoint"),
+    "launch": ("hdscale.cluster.launch", "submit a run or a sweep to SLURM; status, logs, cancel"),
     "doctor": ("hdscale.ops.doctor", "say which backends work here and build the C++/CUDA operator"),
     "bench": ("hdscale.bench.cli", "measure speed and memory"),
 }

@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run `begin` or `end`."""
     parser = argparse.ArgumentParser(prog="hdscale.cluster.batch", allow_abbrev=False)
     parser.add_argument("moment", choices=["begin", "end"])
-    parser.add_argument("--launch", metavar="DIR", help="folder of a launch; the run is that of the array index")
+    parser.add_argument(
+        "--launch", metavar="DIR", help="folder of a launch; the run is that of the array index"
+    )
     parser.add_argument("--config", metavar="FILE")
     parser.add_argument("--log", default="", help="file of the job's output")
     parser.add_argument("--code", type=int, default=0, help="exit code of the ranks")
@@ -55,16 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def begin(args: argparse.Namespace) -> int:
     """Check the configuration before any rank starts, note that the job runs, print the path of its error file."""
     folder, index, run, _ = locate(args, os.environ)
-    state = read_state(folder, index)
-    job = job_id(os.environ)
-    if state.job != job:
-        state = RunState(job=job)  # submitted anew by the user: counts afresh
-    state.starts += 1
-    state.log = args.log or state.log
-    state.outcome, state.reason, state.code = "running", "", None
-    state.step = max(state.step, newest_step(run.folder)) if state.starts == 1 else state.step
-    write_state(folder, index, state)
-    error_file(folder, index).unlink(missing_ok=True)
+    note_start(folder, index, run, job_id(os.environ), args.log)
     print(error_file(folder, index))
     return EXIT_DONE
 
@@ -72,14 +65,32 @@ def begin(args: argparse.Namespace) -> int:
 def end(args: argparse.Namespace) -> int:
     """Decide whether the job starts again, and note the outcome."""
     folder, index, run, limit = locate(args, os.environ)
-    mistake = read_error(folder, index)
-    code = EXIT_USER_ERROR if mistake else args.code
-    state = decide(read_state(folder, index), code, args.state, newest_step(run.folder), limit)
-    if mistake:
-        state.reason = mistake
-    write_state(folder, index, state)
+    state = note_end(folder, index, run, args.code, args.state, limit)
     print(f"hdscale: {run.name}: {state.reason}", file=sys.stderr)
     return ANSWER_AGAIN if state.outcome == "again" else ANSWER_NOT_AGAIN
+
+
+def note_start(folder: Path, index: int, run: RunEntry, job: str, log: str) -> None:
+    """Write down that the ranks of a run are about to start."""
+    state = read_state(folder, index)
+    if state.job != job:
+        # submitted anew by the user: what counts is progress from here
+        state = RunState(job=job, step=newest_step(run.folder))
+    state.starts += 1
+    state.log = log or state.log
+    state.outcome, state.reason, state.code = "running", "", None
+    write_state(folder, index, state)
+    error_file(folder, index).unlink(missing_ok=True)
+
+
+def note_end(folder: Path, index: int, run: RunEntry, code: int, slurm_state: str, limit: int) -> RunState:
+    """Write down what follows from the ranks' exit code; see `decide`."""
+    mistake = read_error(folder, index)
+    code = EXIT_USER_ERROR if mistake else code
+    state = decide(read_state(folder, index), code, slurm_state, newest_step(run.folder), limit)
+    state.reason = mistake or state.reason
+    write_state(folder, index, state)
+    return state
 
 
 def decide(state: RunState, code: int, slurm_state: str, step: int, limit: int) -> RunState:
@@ -100,7 +111,10 @@ def decide(state: RunState, code: int, slurm_state: str, step: int, limit: int) 
     elif code == EXIT_USER_ERROR:
         state.outcome, state.reason = "failed", "stopped by a mistake that only you can mend (see its log)"
     elif slurm_state not in RUNNING_STATES:
-        state.outcome, state.reason = "left", f"{why}; SLURM has ended or requeued the job ({slurm_state}); {kept}"
+        state.outcome, state.reason = (
+            "left",
+            f"{why}; SLURM has ended or requeued the job ({slurm_state}); {kept}",
+        )
     else:
         state.stalled = 0 if step > state.step else state.stalled + 1
         if state.stalled > limit:

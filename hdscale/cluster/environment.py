@@ -143,11 +143,15 @@ def number(environ: Mapping[str, str], name: str, default: int | None = None) ->
     if text is None or text == "":
         if default is not None:
             return default
-        raise UserError(f"{name} is not set though its companions are; start with srun, torchrun or deepspeed")
+        raise UserError(
+            f"{name} is not set though its companions are; start with srun, torchrun or deepspeed"
+        )
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"{name}={text!r} is not a number; unset it or start with srun, torchrun or deepspeed") from None
+        raise UserError(
+            f"{name}={text!r} is not a number; unset it or start with srun, torchrun or deepspeed"
+        ) from None
 
 
 def port_of_job(job: int, step: int = 0) -> int:
@@ -178,7 +182,9 @@ def expand_node_list(nodes: str) -> list[str]:
     for group in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
         partial = [""]
         for literal, ranges in re.findall(r"([^\[]+)|\[([^\]]*)\]", group):
-            choices = [literal] if literal else [one for part in ranges.split(",") for one in expand_range(part)]
+            choices = (
+                [literal] if literal else [one for part in ranges.split(",") for one in expand_range(part)]
+            )
             partial = [start + choice for start in partial for choice in choices]
         names += partial
     return names

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from hdscale.cluster.batch import decide, read_error
-from hdscale.cluster.records import RunState, error_file, newest_step, read_launch, read_state, write_state
+from hdscale.cluster.batch import note_end, note_start
+from hdscale.cluster.records import error_file, read_launch, read_state
+from hdscale.config import load_config
 from hdscale.errors import ERROR_FILE, EXIT_DONE
 
-SUBMITIT_LOCAL_REQUEUE = 144
-"""The exit code at which submitit's local controller starts the ranks again."""
+LOCAL_AGAIN = 144
+"""The exit code at which submitit's local controller starts the ranks again (at most six times)."""
 
 
 @dataclass
@@ -37,38 +39,47 @@ class TrainingJob:
         # submitit has installed its handlers just before; until the run has its own, a signal simply ends this rank
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT):
             signal.signal(number, signal.SIG_DFL)
-        from hdscale.cli import main
-
         folder = Path(self.launch)
         executor = os.environ.get("SUBMITIT_EXECUTOR", "debug")
-        if executor != "slurm":
-            os.environ[ERROR_FILE] = str(error_file(folder, self.index))
-        started_before = int(os.environ.get("SLURM_RESTART_COUNT", 0)) or read_state(folder, self.index).starts > 1
-        run = read_launch(folder).runs[self.index]
-        fresh = ["--fresh"] if self.fresh and not started_before else []
-        code = main(["train", "--config", run.config, *fresh])
+        if executor == "slurm":  # the batch shell notes the start and the end
+            code = self.train(folder)
+        else:
+            code = self.train_without_slurm(folder, executor)
         # SystemExit goes past submitit, which would otherwise take any return for success
         if code != EXIT_DONE:
             sys.exit(code)
         return code
 
+    def train(self, folder: Path) -> int:
+        """`hdscale train`; its exit code."""
+        from hdscale.cli import main
 
-def next_local_start(folder: Path, index: int, code: int, limit: int) -> bool:
-    """After the ranks of a local job have ended with `code`: note the outcome; whether to start them again."""
-    run = read_launch(folder).runs[index]
-    mistake = read_error(folder, index)
-    state = decide(read_state(folder, index), 2 if mistake else code, "RUNNING", newest_step(run.folder), limit)
-    state.reason = mistake or state.reason
-    write_state(folder, index, state)
-    return state.outcome == "again"
+        run = read_launch(folder).runs[self.index]
+        fresh = ["--fresh"] if self.fresh and read_state(folder, self.index).starts <= 1 else []
+        return main(["train", "--config", run.config, *fresh])
 
-
-def note_local_start(folder: Path, index: int, job: str, log: str) -> None:
-    """Note that the ranks of a local or debug job are starting."""
-    state = read_state(folder, index)
-    if state.job != job:
-        state = RunState(job=job, log=log)
-    state.starts += 1
-    state.outcome = "running"
-    write_state(folder, index, state)
-    error_file(folder, index).unlink(missing_ok=True)
+    def train_without_slurm(self, folder: Path, executor: str) -> int:
+        """The same, doing what the batch shell does under SLURM: rank 0 notes the start and the end."""
+        os.environ[ERROR_FILE] = str(error_file(folder, self.index))
+        if os.environ.get("SUBMITIT_LOCAL_GLOBALID", "0") != "0":
+            return self.train(folder)
+        run = read_launch(folder).runs[self.index]
+        job = os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
+        note_start(
+            folder, self.index, run, job, str(folder / f"{job}_0_log.out") if executor == "local" else ""
+        )
+        try:
+            code = self.train(folder)
+        except Exception:
+            if executor == "debug":
+                raise
+            traceback.print_exc()
+            code = 1
+        limit = load_config(run.config).cluster.max_requeues
+        state = note_end(folder, self.index, run, code, "RUNNING", limit)
+        if state.outcome != "again":
+            return code
+        if executor == "local":
+            print(f"hdscale: {run.name}: {state.reason}", file=sys.stderr, flush=True)
+            return LOCAL_AGAIN
+        return code

@@ -22,7 +22,9 @@ def expand(axes: list[str]) -> list[tuple[str, list[str]]]:
         key, separator, text = axis.partition("=")
         values = [value for part in split(text) for value in numbers(part)]
         if not separator or not key or not values:
-            raise UserError(f"--sweep {axis!r} is not key=value,value; write for example --sweep run.seed=1..5")
+            raise UserError(
+                f"--sweep {axis!r} is not key=value,value; write for example --sweep run.seed=1..5"
+            )
         columns.append([(key, value) for value in values])
     keys = [column[0][0] for column in columns]
     for key in keys:

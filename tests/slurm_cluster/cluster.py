@@ -110,7 +110,9 @@ class SlurmCluster:
         )  # fmt: skip
         wait_until(munge_socket.exists, 10, "munged does not open its socket", self.logs)
         self.spawn("slurmctld", "-D", "-f", self.env["SLURM_CONF"])
-        wait_until(lambda: " UP" in self.output("scontrol", "ping"), 30, "slurmctld does not answer", self.logs)
+        wait_until(
+            lambda: " UP" in self.output("scontrol", "ping"), 30, "slurmctld does not answer", self.logs
+        )
         for name in self.names:
             self.spawn("slurmd", "-D", "-f", self.env["SLURM_CONF"], "-N", name)
         wait_until(
@@ -128,7 +130,9 @@ class SlurmCluster:
         for name, port in zip(self.names, ports[1:], strict=True):
             (self.folder / f"spool-{name}").mkdir(exist_ok=True)
             size = f"CPUs={self.cpus} RealMemory={self.memory} Gres=gpu:{self.gpus}"
-            lines.append(f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {size} State=UNKNOWN")
+            lines.append(
+                f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {size} State=UNKNOWN"
+            )
         (self.folder / "slurm.conf").write_text(
             CONFIGURATION.format(
                 host=host,
@@ -160,7 +164,12 @@ class SlurmCluster:
         log = open(self.folder / f"{command[0]}.out", "ab")  # noqa: SIM115 (lives as long as the daemon)
         self.processes.append(
             subprocess.Popen(
-                command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         )
 
@@ -213,7 +222,9 @@ def install_packages() -> None:
     if all(find_program(name) for name in PROGRAMS):
         return
     if not shutil.which("apt-get"):
-        raise ClusterUnavailable(f"SLURM is not installed and there is no apt-get to install {' '.join(PACKAGES)}")
+        raise ClusterUnavailable(
+            f"SLURM is not installed and there is no apt-get to install {' '.join(PACKAGES)}"
+        )
     apt = ["apt-get", "-q", "-y", "--no-install-recommends"]
     env = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
     for command in (["apt-get", "-q", "update"], [*apt, "install", *PACKAGES]):
@@ -239,7 +250,11 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_until(
-    true: Callable[[], bool], seconds: float, what: str, details: Callable[[], str] | None = None, every: float = 0.2
+    true: Callable[[], bool],
+    seconds: float,
+    what: str,
+    details: Callable[[], str] | None = None,
+    every: float = 0.2,
 ) -> None:
     """Poll until `true()`; ClusterUnavailable after `seconds`."""
     end = time.monotonic() + seconds

@@ -127,11 +127,6 @@ def model_config(config: Config) -> HyperdecoderConfig:
     return HyperdecoderConfig(config.model, config.method, [task.name for task in tasks if task.trains])
 
 
-def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved configuration as YAML."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
-
-
 def one_line(error: Exception) -> str:
     """An exception's message without line breaks."""
     return " ".join(str(error).split())

@@ -1,0 +1,369 @@
+"""The whole run, from top to bottom: configuration, data, model, engine, loop, results.
+
+    deepspeed hdscale/train.py --config configs/glue_large.yaml key=value ...     one node
+    srun python hdscale/train.py --config ... key=value ...                       under SLURM (see slurm/)
+    hdscale train --config ... key=value ...                                      one process
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # `deepspeed hdscale/train.py` puts hdscale/ itself first on the path: the repository's root belongs there,
+    # so that the checkout runs without being installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import torch
+
+from hdscale.cluster.environment import read_environment
+from hdscale.config import Config, load_config, model_config, to_dict
+from hdscale.data.batches import Row, collate
+from hdscale.data.micro_batches import deal
+from hdscale.data.mixture import Mixture
+from hdscale.data.sources import check_splits
+from hdscale.data.tasks import Task, expand_tasks
+from hdscale.data.tokenize import load_tokenizer, tokenized_split
+from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
+from hdscale.engine.deepspeed_config import resolve_deepspeed_config
+from hdscale.engine.deepspeed_engine import Engine, build_engine
+from hdscale.engine.distributed import Ranks
+from hdscale.engine.preemption import Preemption
+from hdscale.engine.progress import RunLog
+from hdscale.engine.run_folder import RunFolder
+from hdscale.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from hdscale.evaluation.averages import check_select, task_score
+from hdscale.evaluation.decode import EvaluationStopped
+from hdscale.evaluation.evaluate import Evaluation, evaluate_tasks
+from hdscale.modeling.base import base_config, resolve_name
+from hdscale.modeling.export import read_trainables
+from hdscale.modeling.methods import method_class
+from hdscale.modeling.model import build_model
+from hdscale.results import final_results, print_results
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run has to remember beside weights and moments; saved in each checkpoint's `state.json`.
+
+    Attributes:
+        evaluated: step of the last evaluation on the validation sets.
+        best: {what is selected by: {"score", "step"}}; one entry, or one a task with `eval.select=per_task`.
+        validation: metrics of the last evaluation.
+        seconds, samples, tokens: spent on training so far, over all sessions.
+    """
+
+    evaluated: int = 0
+    best: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    validation: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+
+
+def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
+    """Train, evaluate and test; or go on where an earlier session of the same run stopped.
+
+    Args:
+        config: the run.
+        ranks: this process's place among the ranks.
+        fresh: start anew, the earlier run of this name moved aside.
+
+    Returns:
+        exit code: 0 done, 75 pre-empted with a checkpoint.
+
+    Raises:
+        UserError: for whatever the user can mend, before anything expensive where it can be known there.
+    """
+    tasks = check(config, ranks)
+    folder = RunFolder(Path(config.run.dir) / config.run.name)
+    continued = ranks.on_main(folder.open, to_dict(config), fresh)
+    if results := ranks.on_main(folder.finished):
+        if ranks.is_main:
+            print(f"{folder.path} is done already (--fresh starts anew)")
+            print_results(results)
+        return EXIT_DONE
+
+    with RunLog(folder.path, config, ranks) as log, Preemption(ranks) as preemption:
+        log.info(str(ranks.launch))
+
+        # ---- data: one global order of all tasks' rows
+        tokenizer = load_tokenizer(config.model.tokenizer or resolve_name(config.model.name), config.model.revision)
+        trained = [task for task in tasks if task.trains]
+        task_ids = {task.name: trained.index(task) if task in trained else -1 for task in tasks}
+        mixture = Mixture(
+            [tokenized_split(task, "train", tokenizer, config.data) for task in trained],
+            config.run.seed,
+            config.data.temperature,
+            config.data.fraction,
+        )
+        log.info("mixture: " + ", ".join(f"{name} {share:.1%}" for name, share in mixture.proportions.items()))
+        if config.train.epochs is not None:
+            config.train.max_steps = max(1, math.ceil(config.train.epochs * len(mixture) / config.train.global_batch_size))
+            log.info(f"{config.train.epochs:g} epochs of {len(mixture):,} rows: {config.train.max_steps:,} steps")
+
+        # ---- model and engine: a frozen base, float32 masters of what trains
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]
+        model = build_model(
+            model_config(config), dtype, ranks.device, seed=config.run.seed, trainable_dtype=torch.float32
+        )
+        model.label_smoothing = config.train.label_smoothing
+        engine = build_engine(model, config, ranks)
+        log.info(engine_line(engine, config))
+
+        # ---- the checkpoint to go on from
+        progress = Progress()
+        if continued and (state := load_newest_checkpoint(engine, folder.checkpoints, log)):
+            progress = Progress(**state["progress"])
+        log.start(engine.step, config.train.max_steps)
+
+        # ---- the loop: evaluate when due, save when due or asked to stop, else one more step
+        pad_id = tokenizer.pad_token_id
+        try:
+            while True:
+                step = engine.step
+                if evaluation_due(config, step) and progress.evaluated < step:
+                    evaluate_and_keep_best(engine, tokenizer, trained, task_ids, config, folder, log, progress, preemption)
+                stop = preemption.agreed()
+                last = step == config.train.max_steps
+                if step > 0 and (stop or last or step % config.train.checkpoint_every == 0):
+                    save_state(engine, folder, config, progress, log)
+                if stop:
+                    return preempted(log, step)
+                if last:
+                    break
+                rows = mixture.rows(step, config.train.global_batch_size)
+                train_one_step(engine, rows, pad_id, config, log, progress)
+
+            # ---- the best model's test, its export, the results
+            log.info("test" if config.eval.test else "no test (eval.test=false)")
+            final = final_evaluation(engine, tokenizer, tasks, task_ids, config, folder, log, progress, preemption)
+        except EvaluationStopped:
+            save_state(engine, folder, config, progress, log)
+            return preempted(log, engine.step)
+        export(engine, folder.adapter)
+        results = ranks.on_main(
+            final_results, config, ranks, model, tasks, final, progress, engine.step, folder.results
+        )
+        log.close()
+        if ranks.is_main:
+            print_results(results)
+    return EXIT_DONE
+
+
+def check(config: Config, ranks: Ranks) -> list[Task]:
+    """Everything that can be wrong with a configuration, before anything is loaded or overwritten; the run's tasks."""
+    tasks = expand_tasks(config.data.tasks, config.data)
+    check_select(config.eval.select, [task for task in tasks if task.trains] or tasks)
+    model = model_config(config)
+    method_class(model.method).check(model)
+    base_config(model.model)
+    resolve_deepspeed_config(config.deepspeed, config.train, ranks.world_size)
+    for key in ("checkpoint_every", "keep_checkpoints", "log_every"):
+        if getattr(config.train, key) < 1:
+            raise UserError(f"train.{key}={getattr(config.train, key)} must be at least 1")
+    ranks.on_main(check_splits, tasks, config.data)
+    return tasks
+
+
+def engine_line(engine: Engine, config: Config) -> str:
+    """One line of the log: what trains, and how."""
+    trainable = sum(parameter.numel() for parameter in engine.parameters.values())
+    return (
+        f"{config.method.name} on {config.model.name}: {trainable:,} trainable parameters, ZeRO stage {engine.stage}, "
+        f"{config.train.dtype}, {engine.ranks.world_size} ranks on {engine.ranks.device.type}, "
+        f"{engine.ranks.threads} threads each, adapter backend {config.method.backend}"
+    )
+
+
+def train_one_step(
+    engine: Engine, rows: list[Row], pad_id: int, config: Config, log: RunLog, progress: Progress
+) -> None:
+    """One optimizer step over a global batch, and its line in the log."""
+    start = time.monotonic()
+    ranks = engine.ranks
+    mine = deal(rows, ranks.world_size, config.train.micro_batch_size, config.train.sort_by_length)[ranks.rank]
+    micro_batches = [collate(part, pad_id) for part in mine]
+    result = engine.train_step(micro_batches, [row for part in mine for row in part])
+    progress.seconds += time.monotonic() - start
+    progress.samples += len(rows)
+    progress.tokens += sum(len(row.input_ids) + len(row.labels) for row in rows)
+    log.step(result, samples=progress.samples, tokens=progress.tokens, seconds=progress.seconds)
+
+
+def evaluation_due(config: Config, step: int) -> bool:
+    """Whether the validation sets are evaluated after this step: every so many, and at the end if the best is wanted."""
+    if config.eval.every and step and step % config.eval.every == 0:
+        return True
+    return step == config.train.max_steps and config.eval.select != "last"
+
+
+def evaluate_and_keep_best(
+    engine: Engine,
+    tokenizer: Any,
+    tasks: list[Task],
+    task_ids: dict[str, int],
+    config: Config,
+    folder: RunFolder,
+    log: RunLog,
+    progress: Progress,
+    preemption: Preemption,
+) -> None:
+    """Evaluate the validation sets; where a score is the best so far, export the trainables of this step."""
+    evaluation = evaluate(
+        engine, tokenizer, tasks, "validation", task_ids, config, folder, log, preemption, engine.step, config.eval.limit
+    )
+    scores = {"average": evaluation.selection}
+    if config.eval.select == "per_task":
+        scores = {task.name: task_score(task, evaluation.results[task.name].metrics) for task in tasks}
+    log.evaluation(engine.step, "validation", evaluation.metrics(), evaluation.averages, evaluation.selection)
+    progress.validation = evaluation.metrics()
+    improved = [key for key, score in scores.items() if key not in progress.best or score > progress.best[key]["score"]]
+    for key in improved:
+        progress.best[key] = {"score": scores[key], "step": engine.step}
+    if improved and config.eval.select != "last":
+        export(engine, folder.best_folder(engine.step))
+    progress.evaluated = engine.step
+
+
+def evaluate(
+    engine: Engine,
+    tokenizer: Any,
+    tasks: list[Task],
+    split: str,
+    task_ids: dict[str, int],
+    config: Config,
+    folder: RunFolder,
+    log: RunLog,
+    preemption: Preemption,
+    step: int | str,
+    limit: int | None,
+) -> Evaluation:
+    """Evaluate tasks on a split by generation, over all ranks.
+
+    Raises:
+        EvaluationStopped: if the run is to stop; what is decoded already is found again.
+    """
+    with engine.evaluating() as model:
+        return evaluate_tasks(
+            model,
+            tokenizer,
+            tasks,
+            split,
+            config.eval,
+            data=config.data,
+            folder=folder.predictions,
+            step=step,
+            limit=limit,
+            ranks=engine.ranks,
+            task_ids=task_ids,
+            should_stop=preemption.agreed,
+            progress=log.evaluating(split),
+            lockstep=engine.stage == 3,
+        )
+
+
+def final_evaluation(
+    engine: Engine,
+    tokenizer: Any,
+    tasks: list[Task],
+    task_ids: dict[str, int],
+    config: Config,
+    folder: RunFolder,
+    log: RunLog,
+    progress: Progress,
+    preemption: Preemption,
+) -> dict[str, dict[str, float]]:
+    """Metrics of each task's test split (its validation split where it has none) by the best model for it.
+
+    The engine is left with the weights of the overall best (the first task's, with `eval.select=per_task`).
+    """
+    final: dict[str, dict[str, float]] = {}
+    overall = "average" if "average" in progress.best else next(iter(progress.best), "last")
+    steps = {task.name: progress.best.get(task.name, progress.best.get(overall, {})).get("step") for task in tasks}
+    if config.eval.select == "last":
+        steps = dict.fromkeys(steps)
+    # the overall best comes last, so that it is what the engine holds in the end
+    last = steps[tasks[0].name]
+    for step in sorted(set(steps.values()), key=lambda step: (step == last, step or 0)):
+        if step is not None:
+            engine.load_trainables(read_trainables(folder.best_folder(int(step))))
+        for split in ("test", "validation"):
+            members = [
+                task for task in tasks if steps[task.name] == step and split == ("test" if "test" in task.splits else "validation")
+            ]
+            if members and config.eval.test:
+                evaluation = evaluate(
+                    engine, tokenizer, members, split, task_ids, config, folder, log, preemption,
+                    f"best-{int(step or engine.step)}", config.eval.test_limit,
+                )  # fmt: skip
+                log.evaluation(engine.step, split, evaluation.metrics(), evaluation.averages, evaluation.selection)
+                final |= evaluation.metrics()
+    return final or progress.validation
+
+
+def export(engine: Engine, folder: Path) -> None:
+    """Write the float32 masters of the trainables as an export, on rank 0."""
+    tensors = dict(engine.trainable_tensors())
+    engine.ranks.on_main(engine.module.save_pretrained, str(folder), tensors)
+
+
+def save_state(engine: Engine, folder: RunFolder, config: Config, progress: Progress, log: RunLog) -> None:
+    """Save a checkpoint, and then drop exports that nothing refers to any more."""
+    state = {"progress": dataclasses.asdict(progress)}
+    path = save_checkpoint(engine, folder.checkpoints, state, keep=config.train.keep_checkpoints)
+    log.info(f"step {engine.step}: saved {path}")
+    if engine.ranks.is_main:
+        folder.prune_best({int(best["step"]) for best in progress.best.values()})
+
+
+def preempted(log: RunLog, step: int) -> int:
+    """The way out when asked to stop: the checkpoint is written."""
+    log.info(f"step {step}: asked to stop; run the same command again to go on")
+    return EXIT_PREEMPTED
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from hdscale.cli import add_config_arguments
+
+    add_config_arguments(parser)
+    parser.add_argument("--fresh", action="store_true", help="start anew; an earlier run of this name is moved aside")
+    # the deepspeed launcher passes it; the environment says the same
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """One rank's whole life, from its environment to its exit code; only rank 0 prints what is wrong."""
+    ranks, rank = None, 0
+    try:
+        launch = read_environment(os.environ)
+        rank = launch.rank
+        config = load_config(args.config, args.overrides)
+        ranks = Ranks.start(launch, threads=config.run.threads)
+        return train(config, ranks, args.fresh)
+    except UserError as error:
+        if rank == 0:
+            print(f"hdscale: error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    finally:
+        if ranks is not None:
+            ranks.close()
+
+
+def main() -> int:
+    """For `deepspeed hdscale/train.py` and `srun python hdscale/train.py`."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Train, evaluate and test a model.", allow_abbrev=False)
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

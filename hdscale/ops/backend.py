@@ -1,0 +1,81 @@
+"""Which implementation computes generated adapters: `torch`, `cpp` or `cuda`, and why."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hdscale.errors import UserError, nearest
+from hdscale.ops.build import BuildError, load_kernels
+
+BACKENDS = ("auto", "cpp", "cuda", "torch")
+_DEVICE = {"cpp": "cpu", "cuda": "cuda"}
+_DTYPES = {"cpp": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+
+logger = logging.getLogger("hdscale.ops")
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can be used in this process, and the reason if not."""
+
+    usable: bool
+    reason: str
+    seconds: float = 0.0  # how long its build took, whenever that was
+
+
+@functools.cache
+def availability(backend: str) -> Availability:
+    """Build (at first use) and load a backend's kernels. A failure is warned of once, and kept as the reason."""
+    if backend == "torch":
+        return Availability(True, "plain PyTorch")
+    if backend == "cuda" and not torch.cuda.is_available():
+        return Availability(False, "no CUDA device is visible")
+    if backend == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        return Availability(False, "the kernels need compute capability 8.0 (A100) or later")
+    try:
+        kernels = load_kernels(backend)
+    except BuildError as error:
+        logger.warning("generated adapters run in plain PyTorch: the %s kernels could not be built: %s", backend, error)
+        return Availability(False, str(error))
+    logger.info("generated adapters: backend %s (%s)", backend, kernels.description)
+    return Availability(True, kernels.description, kernels.seconds)
+
+
+@torch.compiler.assume_constant_result
+def _usable(backend: str) -> bool:
+    return availability(backend).usable
+
+
+def resolve_backend(wanted: str, *tensors: Tensor) -> str:
+    """The backend that computes on these tensors: `cpp`, `cuda` or `torch`.
+
+    Raises:
+        UserError: `wanted` is unknown, belongs to another device, or cannot be built here.
+    """
+    if wanted == "torch":
+        return wanted
+    device = tensors[0].device.type
+    if wanted == "auto":
+        backend = {"cpu": "cpp", "cuda": "cuda"}.get(device, "torch")
+        fits = backend != "torch" and _fits(backend, tensors) and _usable(backend)
+        return backend if fits else "torch"
+    if wanted not in BACKENDS:
+        raise UserError(f"method.backend={wanted} is unknown{nearest(wanted, BACKENDS)}")
+    if device != _DEVICE[wanted]:
+        raise UserError(f"method.backend={wanted} cannot compute on {device}; use method.backend=auto")
+    if not _usable(wanted):
+        reason = availability(wanted).reason
+        raise UserError(f"method.backend={wanted} is not to be had here ({reason}); use method.backend=auto")
+    # a type that the kernels lack falls back rather than failing: float64 in a test, float32 on a GPU
+    return wanted if _fits(wanted, tensors) else "torch"
+
+
+def _fits(backend: str, tensors: tuple[Tensor, ...]) -> bool:
+    first = tensors[0]
+    same = all(tensor.dtype == first.dtype and tensor.device == first.device for tensor in tensors)
+    return same and first.dtype in _DTYPES[backend]

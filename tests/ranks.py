@@ -43,6 +43,7 @@ PRELOAD = [
     "safetensors.torch",
     "hdscale.engine.checkpoint",
     "hdscale.engine.deepspeed_engine",
+    "hdscale.evaluation.evaluate",
 ]
 JOB_SECONDS = 120.0
 

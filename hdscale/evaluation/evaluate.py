@@ -208,6 +208,7 @@ def evaluate_rows(
         examples = examples[: first_questions(examples, limit) if chunked else limit]
     if not len(examples):
         raise UserError(f"task {task.name}: its {split} split has no rows")
+    lockstep = lockstep and ranks.world_size > 1
     decoder = Decoder(model, tokenizer, decoding, scored=chunked, task_id=task_id, lockstep=lockstep)
     lengths = rows.source_lengths[: len(examples)]
     name = f"{task.name}.{split}"

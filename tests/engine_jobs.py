@@ -1,18 +1,267 @@
-"""What the engine's tests run on the ranks."""
+"""What the engine's tests run on the ranks (see tests/ranks.py)."""
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
+import time
+from pathlib import Path
 from typing import Any
 
-from hdscale.engine.deepspeed_engine import build_engine
+import torch
+
+from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
+from hdscale.engine.deepspeed_engine import Engine, NonFiniteError, build_engine, pad_micro_batches
 from hdscale.engine.distributed import Ranks
-from tests.toy import BATCH, ToyModel, micro_batches, settings
+from hdscale.engine.preemption import Preemption
+from hdscale.errors import UserError
+from tests.toy import BATCH, Row, ToyModel, micro_batches, settings
 
 
-def train(ranks: Ranks, steps: int, micro: int = BATCH, dropout: float = 0.1, **config: Any) -> dict[str, Any]:
-    """Losses and final masters of a few steps."""
-    engine = build_engine(ToyModel(dropout), settings(**config), ranks)
-    results = [engine.train_step(micro_batches(step, ranks.rank, ranks.world_size, micro)) for step in range(steps)]
-    masters = dict(engine.trainable_tensors())
-    engine.close()
-    return {"losses": [result.loss for result in results], "masters": masters, "norms": [r.grad_norm for r in results]}
+class Recorder:
+    """A log that only keeps its warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+class FaultyModel(ToyModel):
+    """Kills its process, or makes the loss or only the gradient NaN, in the second micro-batch of a step."""
+
+    def __init__(self, fault: str | None = None, at_step: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.fault, self.at_step = fault, at_step
+        self.step = self.calls = 0
+
+    def begin(self, step: int) -> None:
+        self.step, self.calls = step, 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss_sum, tokens = super().forward(*args, **kwargs)
+        self.calls += 1
+        if self.step == self.at_step and self.calls == 2:
+            if self.fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.fault == "loss":
+                loss_sum = loss_sum * float("nan")
+            if self.fault == "gradient":
+                # the square root of 0 has an infinite slope, and 0 * inf is NaN; the value itself is 0
+                loss_sum = loss_sum + 0.0 * torch.sqrt(self.shared.sum() * 0.0)
+        return loss_sum, tokens
+
+
+def working_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """The weights that the forward pass uses, as float32."""
+    with engine.evaluating() as model:
+        return {name: tensor.detach().float().clone() for name, tensor in model.named_parameters()}
+
+
+def train(ranks: Ranks, variants: list[dict[str, Any]], steps: int, micro: int = BATCH) -> list[dict[str, Any]]:
+    """Losses, masters and working weights after a few steps, for each variant of the settings."""
+    results = []
+    for variant in variants:
+        dropout = variant.pop("dropout", 0.1)
+        engine = build_engine(ToyModel(dropout), settings(**variant), ranks)
+        done = [engine.train_step(micro_batches(step, ranks.rank, ranks.world_size, micro)) for step in range(steps)]
+        results.append(
+            {
+                "losses": [result.loss for result in done],
+                "norms": [result.grad_norm for result in done],
+                "masters": dict(engine.trainable_tensors()),
+                "weights": working_weights(engine),
+            }
+        )
+        engine.close()
+    return results
+
+
+def gradient(ranks: Ranks, micro: int, pad_to: int | None = None, **config: Any) -> dict[str, torch.Tensor]:
+    """The gradient that AdamW was given for the batch of step 0: its first moment is a tenth of it."""
+    engine = build_engine(ToyModel(dropout=0.0), settings(warmup_steps=0, gradient_clipping=0.0, **config), ranks)
+    batches = micro_batches(0, ranks.rank, ranks.world_size, micro)
+    engine.train_step(pad_micro_batches(batches, pad_to or len(batches)))
+    moments = dict(engine.optimizer_tensors())
+    return {name: moments[f"exp_avg.{name}"] * 10 for name in engine.parameters}
+
+
+def uneven_gradient(ranks: Ranks, **config: Any) -> dict[str, torch.Tensor]:
+    """As `gradient`, with all rows on rank 0 in three micro-batches, and one row's worth of padding elsewhere."""
+    engine = build_engine(ToyModel(dropout=0.0), settings(warmup_steps=0, gradient_clipping=0.0, **config), ranks)
+    batches = micro_batches(0, 0, 1, 3)
+    if ranks.rank:
+        batches = pad_micro_batches(batches, 4)[3:]
+    engine.train_step(pad_micro_batches(batches, 3))
+    moments = dict(engine.optimizer_tensors())
+    return {name: moments[f"exp_avg.{name}"] * 10 for name in engine.parameters}
+
+
+def resume(
+    ranks: Ranks, folder: str, until: int, save_at: tuple[int, ...] = (), kill_in: int | None = None, **config: Any
+) -> dict[str, Any]:
+    """Go on from the newest checkpoint of `folder` to step `until`, each step in two micro-batches.
+
+    Args:
+        save_at: steps done after which a checkpoint is written.
+        kill_in: the last rank kills itself within this step (counted from 0), after its first micro-batch.
+    """
+    fault = "kill" if ranks.rank == ranks.world_size - 1 else None
+    model = FaultyModel(fault, kill_in)
+    engine = build_engine(model, settings(**config), ranks)
+    log = Recorder()
+    state = load_newest_checkpoint(engine, folder, log)
+    loaded = dict(engine.trainable_tensors()), dict(engine.optimizer_tensors()), working_weights(engine)
+    losses, batches = {}, {}
+    while engine.step < until:
+        model.begin(engine.step)
+        micro = micro_batches(engine.step, ranks.rank, ranks.world_size, BATCH // ranks.world_size // 2)
+        batches[engine.step] = torch.cat([batch["input_ids"] for batch in micro])
+        losses[engine.step] = engine.train_step(micro).loss
+        if engine.step in save_at:
+            save_checkpoint(engine, folder, {"note": f"after {engine.step}"})
+    return {
+        "state": state,
+        "losses": losses,
+        "batches": batches,
+        "masters": dict(engine.trainable_tensors()),
+        "moments": dict(engine.optimizer_tensors()),
+        "weights": working_weights(engine),
+        "loaded": loaded,
+        "warnings": log.warnings,
+    }
+
+
+def non_finite(ranks: Ranks, fault: str, folder: str, **config: Any) -> dict[str, Any]:
+    """A NaN in step 2 of the last rank: the error, and what is left."""
+    model = FaultyModel(fault if ranks.rank == ranks.world_size - 1 else None, at_step=2)
+    engine = build_engine(model, settings(**config), ranks)
+    message = None
+    for step in range(4):
+        model.begin(step)
+        micro = micro_batches(step, ranks.rank, ranks.world_size, 2)
+        rows = [Row(f"task{ranks.rank}", f"{step}-{ranks.rank}-{index}") for index in range(BATCH // ranks.world_size)]
+        before = dict(engine.trainable_tensors())
+        try:
+            engine.train_step(micro, rows)
+        except NonFiniteError as error:
+            message = str(error)
+            break
+        save_checkpoint(engine, folder, {})
+    after = dict(engine.trainable_tensors())
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    return {"message": message, "step": engine.step, "unchanged": same}
+
+
+def save_poisoned(ranks: Ranks, folder: str) -> str:
+    """A master that is not finite is not saved."""
+    engine = build_engine(ToyModel(), settings(), ranks)
+    save_checkpoint(engine, folder, {})
+    tensors = dict(engine.trainable_tensors())
+    tensors["up.bias"][3] = float("inf")
+    engine.load_trainables(tensors)
+    engine.step = 7
+    try:
+        save_checkpoint(engine, folder, {})
+    except NonFiniteError as error:
+        return str(error)
+    return "saved"
+
+
+def save_on_full_disk(ranks: Ranks, folder: str, shard_bytes: int) -> dict[str, Any]:
+    """Two checkpoints, and a third when files may not grow beyond some bytes any more."""
+    engine = build_engine(ToyModel(), settings(), ranks)
+    for step in range(2):
+        engine.train_step(micro_batches(step, ranks.rank, ranks.world_size, BATCH))
+        save_checkpoint(engine, folder, {}, shard_bytes=shard_bytes)
+    engine.train_step(micro_batches(2, ranks.rank, ranks.world_size, BATCH))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, resource.RLIM_INFINITY))
+    message = None
+    try:
+        save_checkpoint(engine, folder, {}, shard_bytes=shard_bytes)
+    except UserError as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    # space was made: the same rank can go on and save
+    left = sorted(path.name for path in Path(folder).iterdir()) if ranks.is_main else None
+    ranks.barrier()
+    save_checkpoint(engine, folder, {}, shard_bytes=shard_bytes)
+    return {"message": message, "left": left}
+
+
+def load_other_model(ranks: Ranks, folder: str) -> str:
+    """A checkpoint with another set of parameters is refused."""
+    model = ToyModel()
+    model.up.bias.requires_grad_(False)
+    model.shared = torch.nn.Parameter(torch.zeros(7, 7, 1))
+    engine = build_engine(ToyModel(), settings(), ranks)
+    engine.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        load_newest_checkpoint(engine, folder, Recorder())
+    except UserError as error:
+        return str(error)
+    return "loaded"
+
+
+def evaluate_unevenly(ranks: Ranks, **config: Any) -> dict[str, Any]:
+    """Ranks run different numbers of forward passes between two training steps."""
+    engine = build_engine(ToyModel(), settings(**config), ranks)
+    engine.train_step(micro_batches(0, ranks.rank, ranks.world_size, 2))
+    losses = []
+    with engine.evaluating() as model:
+        assert not model.training
+        for step in range(1 + 2 * ranks.rank):
+            losses.append(model(**micro_batches(step, 0, 1, BATCH)[0])[0].item())
+    after = engine.train_step(micro_batches(1, ranks.rank, ranks.world_size, 2))
+    return {"evaluation": losses[0], "loss": after.loss}
+
+
+def collectives(ranks: Ranks) -> dict[str, Any]:
+    """What `Ranks` offers, and that a mistake on rank 0 becomes everybody's."""
+
+    def mistake() -> None:
+        raise UserError("no such file; look elsewhere")
+
+    try:
+        ranks.on_main(mistake)
+        caught = None
+    except UserError as error:
+        caught = str(error)
+    return {
+        "any": ranks.any_true(ranks.rank == 1),
+        "all": ranks.all_true(ranks.rank == 1),
+        "max": ranks.max_int(ranks.rank * 3),
+        "sums": ranks.sum_floats([1.0, ranks.rank + 0.5]),
+        "objects": ranks.gather_objects({"rank": ranks.rank}),
+        "broadcast": ranks.broadcast_object(f"from {ranks.rank}"),
+        "main": ranks.on_main(lambda: ranks.rank + 10),
+        "mistake": caught,
+    }
+
+
+def signalled(ranks: Ranks, folder: str) -> dict[str, Any]:
+    """One rank gets two signals, the second while it saves; all ranks stop at the same step with one checkpoint."""
+    engine = build_engine(ToyModel(), settings(), ranks)
+    last = ranks.rank == ranks.world_size - 1
+    with Preemption(ranks, ["SIGTERM", "SIGUSR2"]) as preemption:
+        for step in range(6):
+            if last and step == 2:
+                os.kill(os.getpid(), signal.SIGUSR2)
+            engine.train_step(micro_batches(step, ranks.rank, ranks.world_size, BATCH))
+            if preemption.agreed():
+                os.kill(os.getpid(), signal.SIGTERM)
+                save_checkpoint(engine, folder, {})
+                break
+    return {"step": engine.step, "reason": preemption.reason}
+
+
+def orphaned(ranks: Ranks, launcher: str) -> bool:
+    """Whether a change of parent counts as a request to stop, by launcher."""
+    ranks.launcher = launcher
+    preemption = Preemption(ranks)
+    preemption._parent = -1
+    time.sleep(0)
+    return preemption.agreed()

@@ -33,14 +33,14 @@ class StepResult:
     Attributes:
         step: number of this step, counted from 1.
         loss: mean over the global batch's target tokens (or their sum, with `train.loss_reduction=sum`).
-        tokens: target tokens of the global batch.
+        target_tokens: of the global batch.
         grad_norm: norm of the global gradient before clipping.
         learning_rate: the (first parameter group's) rate of this step.
     """
 
     step: int
     loss: float
-    tokens: int
+    target_tokens: int
     grad_norm: float
     learning_rate: float
 
@@ -168,7 +168,7 @@ class Engine:
     def trainable_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, fp32 master on the CPU) of each trainable, one after the other. Collective: every rank must iterate."""
         for name, parameter in self.parameters.items():
-            yield name, zero.full_master(parameter).detach().to("cpu", copy=True)
+            yield name, zero.full_master(parameter).detach().cpu()
 
     def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """("exp_avg.<name>" or "exp_avg_sq.<name>", fp32 on the CPU). Collective. Nothing before the first step."""
@@ -176,7 +176,7 @@ class Engine:
             return
         for name, parameter in self.parameters.items():
             for key in zero.STATE_KEYS:
-                yield f"{key}.{name}", zero.full_state(parameter, key).detach().to("cpu", copy=True)
+                yield f"{key}.{name}", zero.full_state(parameter, key).detach().cpu()
 
     def load_trainables(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set the masters, and the working copies of the weights, from full fp32 tensors (the same on every rank)."""

@@ -14,6 +14,7 @@ class TrainSettings:
     epochs: Optional[float] = setting(None, "epochs over the mixture, in place of max_steps")
     global_batch_size: int = setting(128, "instances of one step, whatever the number of ranks")
     micro_batch_size: Optional[int] = setting(None, "instances of one forward pass of a rank; default: all of the rank's")
+    sort_by_length: bool = setting(True, "micro-batches of rows of like length: the same gradient, less padding")
     learning_rate: float = setting(3e-4, "peak learning rate of AdamW")
     warmup_steps: int = setting(500, "linear warm-up; then linear decay to 0 at max_steps")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")

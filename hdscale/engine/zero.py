@@ -11,41 +11,42 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import nn
+
+# deepspeed is imported inside the functions: it chooses its accelerator at its first import, and
+# `Ranks.start` says which one that is
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 def full_master(parameter: nn.Parameter) -> torch.Tensor:
     """The whole fp32 master of a trainable, on its device. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
     return safe_get_full_fp32_param(parameter)
 
 
 def full_state(parameter: nn.Parameter, key: str) -> torch.Tensor:
     """The whole AdamW moment `key` of a trainable, on its device. Collective."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
     return safe_get_full_optimizer_state(parameter, key)
 
 
 def set_full(parameter: nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
     """Write this rank's part of a whole tensor into the master (key None) or a moment."""
+    from deepspeed import utils
+
     if hasattr(parameter, "ds_id"):
         part = local_part(parameter, value)
         if key is None:
-            safe_set_local_fp32_param(parameter, part)
+            utils.safe_set_local_fp32_param(parameter, part)
         else:
-            safe_set_local_optimizer_state(parameter, part, key)
+            utils.safe_set_local_optimizer_state(parameter, part, key)
     elif key is None:
-        safe_set_full_fp32_param(parameter, value)
+        utils.safe_set_full_fp32_param(parameter, value)
     else:
-        safe_set_full_optimizer_state(parameter, value, key)
+        utils.safe_set_full_optimizer_state(parameter, value, key)
 
 
 def local_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,77 @@
+"""Being asked to stop: signals, or the loss of the launcher; agreed on by all ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable
+from types import FrameType, TracebackType
+
+from hdscale.engine.distributed import Ranks
+
+SIGNALS = ("SIGTERM", "SIGUSR2")
+PARENT_LAUNCHERS = ("deepspeed", "torchrun")
+"""Launchers that are the ranks' parent. `srun`'s is SLURM's own daemon, and a lone process may outlive its shell."""
+
+
+class Preemption:
+    """Notes a request to stop; `agreed()` tells when all ranks know, at a place where all of them are.
+
+    The handler does nothing but set a flag, so a second signal, or one in the middle of a save, disturbs nothing.
+    Signals usually reach some ranks first, and the deepspeed launcher dies of its own without passing them on: so
+    a rank whose parent changes asks to stop too.
+
+        with Preemption(ranks) as preemption:
+            ...
+            if preemption.agreed():        # at the end of each step, and between evaluation batches
+                save_checkpoint(...)
+                return EXIT_PREEMPTED
+
+    Args:
+        signals: names such as "SIGUSR1" (which NCCL uses for itself in some versions, so it is not on by default).
+    """
+
+    def __init__(self, ranks: Ranks, signals: Iterable[str] = SIGNALS) -> None:
+        self._ranks = ranks
+        self._signals = [getattr(signal, name) for name in signals]
+        self._before: dict[int, object] = {}
+        self._parent = os.getppid()
+        self._watch_parent = ranks.launcher in PARENT_LAUNCHERS
+        self._reason: str | None = None
+        self.since: float | None = None
+
+    def __enter__(self) -> Preemption:
+        for number in self._signals:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._reason is None:
+            self._reason, self.since = signal.Signals(number).name, time.monotonic()
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank was asked to stop. Others may not know yet: act on `agreed()`."""
+        if self._reason is None and self._watch_parent and os.getppid() != self._parent:
+            self._reason, self.since = "loss of the launcher", time.monotonic()
+        return self._reason is not None
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Collective: the same answer everywhere."""
+        if not self._ranks.any_true(self.requested):
+            return False
+        if self._reason is None:
+            self._reason, self.since = "request to another rank", time.monotonic()
+        return True
+
+    @property
+    def reason(self) -> str:
+        """What asked this rank to stop, for the log."""
+        return self._reason or ""

@@ -1,0 +1,145 @@
+"""The training step: one gradient however the batch is cut, the same under every ZeRO stage, and loud failures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hdscale.engine.deepspeed_engine import dropout_seed
+from hdscale.engine.optimizer import build_optimizer, learning_rate_factor
+from tests.toy import ToyModel, global_batch, settings
+
+ZERO = {
+    "zero1": {"deepspeed": "ds_configs/zero1_bf16.json", "dtype": "bf16"},
+    "zero2": {"deepspeed": "ds_configs/zero2_bf16.json", "dtype": "bf16"},
+    "offload": {"deepspeed": "ds_configs/zero2_offload_bf16.json", "dtype": "bf16"},
+    "zero3": {"deepspeed": "ds_configs/zero3_bf16.json", "dtype": "bf16"},
+}
+
+
+def reference_gradient(reduction: str = "mean") -> dict[str, torch.Tensor]:
+    """The gradient of the whole batch's loss by plain autograd in float64."""
+    model = ToyModel(dropout=0.0).double()
+    batch = global_batch(0)
+    loss_sum, tokens = model(**batch)
+    (loss_sum / tokens if reduction == "mean" else loss_sum).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Largest difference relative to the largest entry of each tensor."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        error = (found[name].double() - value.double()).abs().max() / value.abs().max()
+        assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("world_size, micro", [(1, 8), (1, 3), (2, 4), (2, 1), (4, 2)])
+def test_gradient_is_that_of_the_global_batch(rank_pool, world_size, micro):
+    for found in rank_pool(world_size).run("tests.engine_jobs:gradient", {"micro": micro}):
+        assert_close(found, reference_gradient(), 1e-5)
+
+
+def test_gradient_of_the_sum(rank_pool):
+    results = rank_pool(2).run("tests.engine_jobs:gradient", {"micro": 2, "loss_reduction": "sum"})
+    assert_close(results[0], reference_gradient("sum"), 1e-5)
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero1", "zero3"])
+def test_padding_micro_batches_weigh_nothing(rank_pool, stage):
+    """Rank 0 has every row and rank 1 has none: still the global batch's gradient (bf16 has 8 bits)."""
+    results = rank_pool(2).run("tests.engine_jobs:uneven_gradient", ZERO[stage])
+    assert_close(results[1], reference_gradient(), 0.03)
+
+
+def test_every_zero_stage_trains_alike(rank_pool):
+    """Same losses to bf16's rounding; masters and working weights identical on all ranks."""
+    results = rank_pool(2).run("tests.engine_jobs:train", {"variants": list(ZERO.values()), "steps": 6, "micro": 2})
+    first, second = results
+    for (name, _), here, there in zip(ZERO.items(), first, second, strict=True):
+        assert here["losses"] == there["losses"], name
+        assert here["losses"] == pytest.approx(first[1]["losses"], abs=2e-3), name
+        for kind in ("masters", "weights"):
+            assert all(torch.equal(here[kind][key], there[kind][key]) for key in here[kind]), (name, kind)
+        trained = [key for key in here["masters"]]
+        rounded = {key: here["masters"][key].bfloat16().float() for key in trained}
+        assert all(torch.equal(rounded[key], here["weights"][key]) for key in trained), name
+    assert first[1]["losses"][-1] != first[1]["losses"][0]
+
+
+def test_world_sizes_follow_each_other(rank_pool):
+    """Without dropout 1, 2 and 4 ranks differ only by the order of their sums."""
+    losses = {
+        world_size: rank_pool(world_size).run(
+            "tests.engine_jobs:train", {"variants": [{"dropout": 0.0, "max_steps": 30}], "steps": 20, "micro": 2}
+        )[0][0]["losses"]
+        for world_size in (1, 2, 4)
+    }
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[4] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[1][-1] < 0.9 * losses[1][0]
+
+
+def test_clipping_bounds_the_update(rank_pool):
+    """The norm that is reported is the one before clipping."""
+    variants = [{"dropout": 0.0, "gradient_clipping": clip} for clip in (0.0, 1e-3)]
+    free, clipped = rank_pool(2).run("tests.engine_jobs:train", {"variants": variants, "steps": 1})[0]
+    wanted = math.sqrt(sum(float((g**2).sum()) for g in reference_gradient().values()))
+    assert free["norms"][0] == pytest.approx(wanted, rel=1e-4)
+    assert clipped["norms"][0] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("fault, stage", [("loss", "zero2"), ("gradient", "zero2"), ("gradient", "zero1"), ("gradient", "zero3")])
+def test_a_nan_stops_the_run(rank_pool, tmp_path, fault, stage):
+    """On every rank, with the step, tasks and ids; weights and the last checkpoint stay as they were."""
+    results = rank_pool(2).run("tests.engine_jobs:non_finite", {"fault": fault, "folder": str(tmp_path), **ZERO[stage]})
+    for result in results:
+        assert result["step"] == 2 and result["unchanged"]
+        assert result["message"].startswith("step 3: ")
+        assert "tasks task0, task1" in result["message"] and "2-0-0" in result["message"] and "2-1-3" in result["message"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_ranks_may_evaluate_different_numbers_of_batches(rank_pool, stage):
+    first, second = rank_pool(2).run("tests.engine_jobs:evaluate_unevenly", ZERO[stage], timeout=60)
+    assert first == second
+
+
+def test_schedule_is_that_of_transformers():
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 5, 20)
+    for step in range(22):
+        assert learning_rate_factor(step, 5, 20) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_model_may_give_parameters_their_own_rate():
+    model = ToyModel()
+    model.learning_rates = lambda default: {"shared": 10 * default}
+    groups = build_optimizer(model, settings(learning_rate=0.5).train, fused=False).param_groups
+    rates = {group["peak_lr"]: sum(p.numel() for p in group["params"]) for group in groups}
+    assert rates == {0.5: 7 * 10 + 7 + 10 * 7 + 10, 5.0: 49}
+    model.learning_rates = lambda default: {"embedding.weight": 1.0}
+    with pytest.raises(KeyError, match="embedding.weight"):
+        build_optimizer(model, settings().train, fused=False)
+
+
+def test_dropout_seeds_differ():
+    seeds = {dropout_seed(*key) for key in [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (-1, 0, 0, 0)]}
+    assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
+    assert dropout_seed(3, 4, 5, 6) == dropout_seed(3, 4, 5, 6)
+
+
+def test_collectives(rank_pool):
+    for rank, result in enumerate(rank_pool(3).run("tests.engine_jobs:collectives")):
+        assert result["any"] is True and result["all"] is False and result["max"] == 6
+        assert result["sums"] == [3.0, 4.5]
+        assert result["objects"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+        assert result["broadcast"] == "from 0" and result["main"] == 10, rank
+        assert result["mistake"] == "no such file; look elsewhere"

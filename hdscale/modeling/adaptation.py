@@ -9,6 +9,10 @@ R is the number of decoder rows: B, or B times the number of beams with the beam
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
@@ -16,7 +20,12 @@ class Adaptation:
     """Hooks that an adapted block calls; by default none of them changes anything.
 
     `layer` is the block's index in its stack. A method overrides what it needs.
+
+    Attributes:
+        adapts_attention: whether `projection` or `prefix` does anything; where not, transformers' own attention runs.
     """
+
+    adapts_attention = False
 
     def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor | None:
         """The branch beside the feed-forward sub-layer (Eq. 2), or None.
@@ -36,6 +45,144 @@ class Adaptation:
         """[R, T, D] -> [R, T, D]: the feed-forward's output before dropout and residual."""
         return y
 
+    def projection(self, layer: int, attention: str, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """What a linear of an attention gives, adapted.
+
+        Args:
+            layer: index of the block.
+            attention: "self" or "cross".
+            name: "q", "k", "v" or "o".
+            x: [R, L, in], the linear's input. y: [R, L, out], what the frozen linear makes of it.
+
+        Returns:
+            [R, L, out].
+        """
+        return y
+
+    def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, H, P, d_kv] that every query of the self-attention sees before the tokens' own, or None.
+
+        Like the adapters they are one a row, or one an instance with its beams side by side.
+        """
+        return None
+
     def for_generation(self) -> Adaptation:
         """The same adaptation with everything generated once, to be applied token by token."""
         return self
+
+
+class ComposedAdaptation(Adaptation):
+    """Several adaptations of one stack at once: branches add up, prefixes stand one behind the other, hooks chain."""
+
+    def __init__(self, members: Sequence[Adaptation]) -> None:
+        self.members = list(members)
+        self.adapts_attention = any(member.adapts_attention for member in self.members)
+
+    def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor | None:
+        branches = [member.parallel(layer, x, normed) for member in self.members]
+        branches = [branch for branch in branches if branch is not None]
+        return functools.reduce(torch.add, branches) if branches else None
+
+    def after_self_attention(self, layer: int, y: Tensor) -> Tensor:
+        for member in self.members:
+            y = member.after_self_attention(layer, y)
+        return y
+
+    def after_feed_forward(self, layer: int, y: Tensor) -> Tensor:
+        for member in self.members:
+            y = member.after_feed_forward(layer, y)
+        return y
+
+    def projection(self, layer: int, attention: str, name: str, x: Tensor, y: Tensor) -> Tensor:
+        for member in self.members:
+            y = member.projection(layer, attention, name, x, y)
+        return y
+
+    def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        prefixes = [member.prefix(layer) for member in self.members]
+        prefixes = [prefix for prefix in prefixes if prefix is not None]
+        if not prefixes:
+            return None
+        return torch.cat([keys for keys, _ in prefixes], dim=2), torch.cat([values for _, values in prefixes], dim=2)
+
+    def for_generation(self) -> Adaptation:
+        return ComposedAdaptation([member.for_generation() for member in self.members])
+
+
+class LayerwiseAdaptation(Adaptation):
+    """Another adaptation for each layer.
+
+    Args:
+        layers: for each of the stack's layers the adaptation, and the index by which that adaptation knows the layer.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Adaptation, int]]) -> None:
+        self.layers = list(layers)
+        self.adapts_attention = any(member.adapts_attention for member, _ in self.layers)
+
+    def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor | None:
+        member, index = self.layers[layer]
+        return member.parallel(index, x, normed)
+
+    def after_self_attention(self, layer: int, y: Tensor) -> Tensor:
+        member, index = self.layers[layer]
+        return member.after_self_attention(index, y)
+
+    def after_feed_forward(self, layer: int, y: Tensor) -> Tensor:
+        member, index = self.layers[layer]
+        return member.after_feed_forward(index, y)
+
+    def projection(self, layer: int, attention: str, name: str, x: Tensor, y: Tensor) -> Tensor:
+        member, index = self.layers[layer]
+        return member.projection(index, attention, name, x, y)
+
+    def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        member, index = self.layers[layer]
+        return member.prefix(index)
+
+    def for_generation(self) -> Adaptation:
+        cached = {id(member): member.for_generation() for member, _ in self.layers}
+        return LayerwiseAdaptation([(cached[id(member)], index) for member, index in self.layers])
+
+
+class ScaledAdaptation(Adaptation):
+    """An adaptation whose branch beside the feed-forward is multiplied by a factor.
+
+    Args:
+        inner: the adaptation. scale: one factor, or [N], one a layer.
+    """
+
+    def __init__(self, inner: Adaptation, scale: float | Tensor) -> None:
+        self.inner, self.scale = inner, scale
+        self.adapts_attention = inner.adapts_attention
+
+    def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor | None:
+        branch = self.inner.parallel(layer, x, normed)
+        if branch is None:
+            return None
+        return branch * (self.scale[layer] if isinstance(self.scale, Tensor) else self.scale)
+
+    def after_self_attention(self, layer: int, y: Tensor) -> Tensor:
+        return self.inner.after_self_attention(layer, y)
+
+    def after_feed_forward(self, layer: int, y: Tensor) -> Tensor:
+        return self.inner.after_feed_forward(layer, y)
+
+    def projection(self, layer: int, attention: str, name: str, x: Tensor, y: Tensor) -> Tensor:
+        return self.inner.projection(layer, attention, name, x, y)
+
+    def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        return self.inner.prefix(layer)
+
+    def for_generation(self) -> Adaptation:
+        return ScaledAdaptation(self.inner.for_generation(), self.scale)
+
+
+def per_instance(x: Tensor, instances: int) -> Tensor:
+    """Rows of an instance's beams as tokens of one matrix: x [R, L, C] -> [B, R / B * L, C], nothing copied."""
+    rows = x.shape[0]
+    if rows == instances:
+        return x
+    if instances == 0 or rows % instances:
+        raise ValueError(f"{rows} rows cannot be shared out evenly to {instances} instances")
+    return x.reshape(instances, rows // instances * x.shape[1], x.shape[2])

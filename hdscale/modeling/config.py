@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hdscale.errors import UserError
+from hdscale.errors import UserError, nearest
 from hdscale.modeling.settings import MethodSettings, ModelSettings
 
 
@@ -28,6 +28,23 @@ class HyperdecoderConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
     tasks: list[str] = field(default_factory=list)
+
+    def task_id(self, task: str, unseen: bool = False) -> int:
+        """The id of a task by its name.
+
+        Args:
+            task: its name.
+            unseen: give -1, which stands for the mean of the learned task embeddings (Table 5), for a task that the
+                model was not trained on.
+
+        Raises:
+            UserError: for such a task otherwise, naming the nearest.
+        """
+        if task in self.tasks:
+            return self.tasks.index(task)
+        if unseen:
+            return -1
+        raise UserError(f"task '{task}': the model was not trained on it{nearest(task, self.tasks)}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

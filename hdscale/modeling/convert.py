@@ -114,7 +114,10 @@ def convert_state(
                 tasks = tasks or [f"task{index}" for index in range(count)]
                 if len(tasks) != count:
                     raise UserError(f"--tasks names {len(tasks)} tasks, the state dict has embeddings of {count}")
-        sides[side] = SideSettings(kind, dim or 1, "layernorm" if normed_input else "hidden")
+        if kind == "none":
+            sides[side] = SideSettings("none")
+        else:
+            sides[side] = SideSettings(kind, dim, "layernorm" if normed_input else "hidden")
     if all(side.adapter == "none" for side in sides.values()):
         raise UserError("the state dict holds no adapters of the released implementation (no 'adapter_layer' or 'param_gen')")
     method = MethodSettings("hyperdecoder", sides["encoder"], sides["decoder"], hypernet)

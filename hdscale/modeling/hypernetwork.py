@@ -70,35 +70,27 @@ class Hypernetwork(nn.Module):
     """`Adapter_i = Hypernetwork([e; l_i])` (Eq. 9), its first layer (Eq. 3) for all layers i at once.
 
     Args:
-        d_input: size of e. d_model: D. layers: N. dim: adapter size A. bottleneck: K.
-        layer_embedding: size of l_i. backend: see `hdscale.ops`.
+        d_input: size of e. layers: N. bottleneck: K.
+        layer_embedding: size of l_i; 0 for none, where the layers share one code.
+        heads: what turns a code into an adaptation, by name (`adapter_heads`: Eq. 4-7).
     """
 
     def __init__(
-        self,
-        d_input: int,
-        d_model: int,
-        layers: int,
-        dim: int,
-        bottleneck: int,
-        layer_embedding: int,
-        backend: str = "auto",
+        self, d_input: int, layers: int, bottleneck: int, layer_embedding: int, heads: dict[str, nn.Module]
     ) -> None:
         super().__init__()
-        self.layer_embedding = nn.Embedding(layers, layer_embedding)
+        self.layers = layers
+        self.layer_embedding = nn.Embedding(layers, layer_embedding) if layer_embedding else None
         self.linear = nn.Linear(d_input + layer_embedding, bottleneck)
-        self.adapter_heads = GeneratedAdapterHeads(d_model, dim, bottleneck, backend)
+        for name, module in heads.items():
+            self.add_module(name, module)
 
     def forward(self, e: Tensor) -> Tensor:
         """e [B, d_input] -> codes [N, B, K] (Eq. 3)."""
-        layers = self.layer_embedding.weight  # [N, L]
-        both = torch.cat(
-            [
-                e.unsqueeze(0).expand(layers.shape[0], -1, -1),
-                layers.unsqueeze(1).expand(-1, e.shape[0], -1),
-            ],
-            dim=-1,
-        )
+        both = e.unsqueeze(0).expand(self.layers, -1, -1)
+        if self.layer_embedding is not None:
+            layers = self.layer_embedding.weight  # [N, L]
+            both = torch.cat([both, layers.unsqueeze(1).expand(-1, e.shape[0], -1)], dim=-1)
         return torch.relu(self.linear(both))
 
 

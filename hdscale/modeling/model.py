@@ -13,7 +13,7 @@ from hdscale.errors import UserError
 from hdscale.modeling.adaptation import Adaptation
 from hdscale.modeling.base import load_base, scales_output
 from hdscale.modeling.config import HyperdecoderConfig
-from hdscale.modeling.methods import method_class
+from hdscale.modeling.methods import method_class, settled, solve_budget
 
 IGNORED = -100
 """Label of padding: no loss."""
@@ -153,6 +153,10 @@ class AdaptedModel(nn.Module):
         """Names of the parameters that train, in the model's order."""
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
+    def learning_rates(self, default: float) -> dict[str, float]:
+        """Peak learning rates {name of a parameter: rate} that the method wants other than the default."""
+        return {f"method.{name}": rate for name, rate in self.method.learning_rates(default).items()}
+
     def save_pretrained(self, folder: str, tensors: dict[str, Tensor] | None = None) -> None:
         """Export the trainables: see `hdscale.modeling.export.save_pretrained`."""
         from hdscale.modeling.export import save_pretrained
@@ -182,7 +186,8 @@ def build_model(
     """
     config = HyperdecoderConfig.from_dict(config.to_dict())
     cls = method_class(config.method)
-    cls.check(config)
+    settled(cls, config)
+    solve_budget(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trainable_dtype = trainable_dtype or dtype

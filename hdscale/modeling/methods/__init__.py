@@ -7,7 +7,13 @@ adapts the decoder. To add one, write a file with a subclass of `Method` and put
 from __future__ import annotations
 
 from hdscale.errors import UserError, nearest
-from hdscale.modeling.methods.interface import Method
+from hdscale.modeling.methods.budget import solve_budget
+from hdscale.modeling.methods.full import FullFinetuning
+from hdscale.modeling.methods.hyperformer import Hyperformer, HyperformerPlusPlus
+from hdscale.modeling.methods.hyperprompt import HyperPrompt
+from hdscale.modeling.methods.interface import Method, settled
+from hdscale.modeling.methods.lora import Lora
+from hdscale.modeling.methods.modular import Modular
 from hdscale.modeling.methods.sides import AdapterMethod, SidesMethod, TaskHypernet
 from hdscale.modeling.settings import MethodSettings
 
@@ -15,6 +21,12 @@ METHODS: dict[str, type[Method]] = {
     "hyperdecoder": SidesMethod,
     "adapter": AdapterMethod,
     "task_hypernet": TaskHypernet,
+    "modular": Modular,
+    "lora": Lora,
+    "hyperformer": Hyperformer,
+    "hyperformer++": HyperformerPlusPlus,
+    "hyperprompt": HyperPrompt,
+    "full_finetuning": FullFinetuning,
 }
 
 
@@ -29,4 +41,4 @@ def method_class(settings: MethodSettings) -> type[Method]:
     return METHODS[settings.name]
 
 
-__all__ = ["METHODS", "Method", "method_class"]
+__all__ = ["METHODS", "Method", "method_class", "settled", "solve_budget"]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
+from hdscale.errors import UserError
 from hdscale.modeling.adaptation import Adaptation
+from hdscale.modeling.conditioning import masked_mean
 from hdscale.modeling.config import HyperdecoderConfig
+from hdscale.modeling.settings import MethodSettings
 
 Encode = Callable[[Adaptation | None], Tensor]
 """Runs the base's encoder on the batch at hand with an adaptation: -> hidden states [B, S, D]."""
@@ -26,12 +31,25 @@ class Method(nn.Module):
     trains_base = False
     """Whether some of the base's own parameters train (`base_trainables`)."""
 
+    fixed: dict[str, Any] = {}
+    """Options of `method.*` whose values the method's name decides."""
+
     def __init__(self, config: HyperdecoderConfig, base: nn.Module) -> None:
         super().__init__()
 
     @classmethod
+    def options(cls, settings: MethodSettings) -> list[str]:
+        """The options of `method.*` that the method has: keys, or beginnings of keys such as `decoder`."""
+        return []
+
+    @classmethod
+    def sizes(cls, settings: MethodSettings) -> list[list[str]]:
+        """Sizes that a budget can solve for, each a list of keys that take one value; the default first."""
+        return []
+
+    @classmethod
     def check(cls, config: HyperdecoderConfig) -> None:
-        """Raise UserError for options that the method does not have; called before anything is loaded."""
+        """Raise UserError for values that mean nothing to the method; called before anything is loaded."""
 
     def encode(self, encode: Encode, mask: Tensor, task_ids: Tensor | None) -> Tensor:
         """Hidden states [B, S, D] of the adapted encoder.
@@ -49,7 +67,11 @@ class Method(nn.Module):
 
     def embed(self, hidden: Tensor, mask: Tensor, task_ids: Tensor | None) -> Tensor:
         """The vector [B, D] that conditions the decoder; the masked mean where nothing does."""
-        raise NotImplementedError
+        return masked_mean(hidden, mask)
+
+    def learning_rates(self, default: float) -> dict[str, float]:
+        """Peak learning rates {name of a parameter of the method: rate} where they differ from `train.learning_rate`."""
+        return {}
 
     def parts(self) -> dict[str, int]:
         """Trainable parameters of the method by part, for `hdscale params`."""
@@ -58,3 +80,56 @@ class Method(nn.Module):
     def base_trainables(self, base: nn.Module) -> list[str]:
         """Names of the base's own parameters that the method trains (none, for most)."""
         return []
+
+
+def settled(cls: type[Method], config: HyperdecoderConfig) -> None:
+    """Refuse options that a method does not have, put in what its name decides, and check the rest.
+
+    Args:
+        cls: the method. config: changed in place.
+
+    Raises:
+        UserError: naming the option; before anything is loaded.
+    """
+    settings, defaults = config.method, MethodSettings()
+    has = [key for key in method_keys() if any(key == o or key.startswith(f"{o}.") for o in cls.options(settings))]
+    for key in method_keys():
+        value = get_option(settings, key)
+        if key in ("name", "budget", "solve", *has) or value == get_option(defaults, key):
+            continue
+        if key in cls.fixed:
+            if value != cls.fixed[key]:
+                raise UserError(
+                    f"method.{key}={value}: '{settings.name}' means {cls.fixed[key]} here; "
+                    f"leave it out, or set method.name=hyperdecoder to choose"
+                )
+        else:
+            known = f"it has {', '.join(has)}" if has else "it has none"
+            raise UserError(f"method.{key}={value}: method '{settings.name}' as configured has no such option; {known}")
+    for key, value in cls.fixed.items():
+        set_option(settings, key, value)
+    cls.check(config)
+
+
+def method_keys(settings: type = MethodSettings, prefix: str = "") -> list[str]:
+    """The dotted keys of every option of `method.*`."""
+    keys: list[str] = []
+    for field in dataclasses.fields(settings):
+        name = prefix + field.name
+        keys += method_keys(field.type, f"{name}.") if dataclasses.is_dataclass(field.type) else [name]
+    return keys
+
+
+def get_option(settings: MethodSettings, key: str) -> Any:
+    """The value of a dotted key of `method.*`."""
+    for name in key.split("."):
+        settings = getattr(settings, name)
+    return settings
+
+
+def set_option(settings: MethodSettings, key: str, value: Any) -> None:
+    """Set a dotted key of `method.*`."""
+    *parents, last = key.split(".")
+    for name in parents:
+        settings = getattr(settings, name)
+    setattr(settings, last, value)

@@ -1,6 +1,7 @@
-"""The embedded default: a tiny T5, the language it was pre-trained on, and four generated tasks in that language.
+"""The embedded default: a tiny T5, the language it was pre-trained on, and four generated tasks in it.
 
-Nothing here needs a network: `model.name: quickstart` and `data.tasks: [quickstart]` run from the package alone.
+Nothing here needs a network: `model.name: quickstart` and `data.tasks: [quickstart]` run from the package
+alone.
 """
 
 from pathlib import Path

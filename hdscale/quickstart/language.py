@@ -1,9 +1,10 @@
-"""A seeded generator of small English-like text: events told in many ways, judgements, numbers, and talk about them.
+"""A seeded generator of small English-like text: events told in many ways, judgements, numbers.
 
-An `Event` is a set of facts (who did what to which things, where and when). `tell` puts it into a sentence, choosing
-the construction and the synonyms; `documents` yields the paragraphs that the tiny T5 is pre-trained on: an event and the
-same event in other words, questions and answers, reports that are true or false, reviews, sums, definitions. A
-corrupted span of such a paragraph can be filled in only by comparing its sentences, which is what the tasks need.
+An `Event` is a set of facts (who did what to which things, where and when). `tell` puts it into a sentence,
+choosing the construction and the synonyms; `documents` yields the paragraphs that the tiny T5 is pre-
+trained on: an event and the same event in other words, questions and answers, reports that are true or
+false, reviews, sums, definitions. A hidden span of such a paragraph can be filled in only by comparing its
+sentences, which is what the tasks need.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def _join(*parts: str) -> str:
 
 
 def clause(event: Event, rng: random.Random, agent: str | None = None) -> str:
-    """The event as a clause without a full stop, in one of five constructions, with synonyms drawn at random."""
+    """The event as a clause without a full stop, in one of five constructions, with synonyms at random."""
     _, past, participle = rng.choice(event.verb.forms)
     who, what, where = agent or event.agent, things(event, rng), _circumstances(event, rng)
     form = rng.random()
@@ -148,7 +149,7 @@ def deny(event: Event, rng: random.Random) -> str:
 
 
 def judge(rng: random.Random, good: bool, topic: str) -> str:
-    """A sentence with a judgement of the topic, with denials and concessions that the last word does not give away."""
+    """A judgement of the topic, with denials and concessions that no single word gives away."""
     mine, other = (words.GOOD, words.BAD) if good else (words.BAD, words.GOOD)
     like, dislike = (words.LIKE, words.DISLIKE) if good else (words.DISLIKE, words.LIKE)
     part = rng.choice(words.TOPICS[topic])
@@ -156,7 +157,11 @@ def judge(rng: random.Random, good: bool, topic: str) -> str:
     plain = _join("was", degree, rng.choice(mine))
     denied = f"was {rng.choice(words.DENIALS)} {rng.choice(other)}"
     claim = plain if rng.random() < 0.6 else denied
-    against = f"was {rng.choice(other)}" if rng.random() < 0.7 else f"was {rng.choice(words.DENIALS)} {rng.choice(mine)}"
+    against = (
+        f"was {rng.choice(other)}"
+        if rng.random() < 0.7
+        else f"was {rng.choice(words.DENIALS)} {rng.choice(mine)}"
+    )
     form = rng.randrange(7)
     if form <= 1:
         return f"The {topic} {claim}."
@@ -235,8 +240,10 @@ def report(rng: random.Random) -> str:
     else:
         said = known.without(*[slot for slot in ("colour", "place", "time") if rng.random() < 0.25])
     if rng.random() < 0.2 and kind != "unclear":
-        return f"{tell(known, rng)} {speaker} said: {deny(said, rng)} That was {'wrong' if kind == 'true' else 'unclear'}."
-    verdict = rng.choice((f"That was {kind}.", f"Was that true? {dict(true='Yes', wrong='No').get(kind, 'Nobody said')}."))
+        verdict = "wrong" if kind == "true" else "unclear"
+        return f"{tell(known, rng)} {speaker} said: {deny(said, rng)} That was {verdict}."
+    answer = {"true": "Yes", "wrong": "No", "unclear": "Nobody said"}[kind]
+    verdict = rng.choice((f"That was {kind}.", f"Was that true? {answer}."))
     return f"{tell(known, rng)} {speaker} said that {clause(said, rng)}. {verdict}"
 
 
@@ -271,7 +278,7 @@ def review(rng: random.Random) -> str:
     opinions = [judge(rng, good, topic) for _ in range(rng.randint(1, 3))]
     closing = f"{person} was {feeling} and {would}."
     if rng.random() < 0.3:
-        closing = f"Was {person} {feeling}? Yes." if rng.random() < 0.5 else f"The verdict: {'good' if good else 'bad'}."
+        closing = f"The verdict: {'good' if good else 'bad'}."
     return " ".join([*opinions, closing])
 
 
@@ -294,22 +301,30 @@ def numbers(rng: random.Random) -> str:
 def definitions(rng: random.Random) -> str:
     """Kinds of things and words that mean the same."""
     noun, verb = rng.choice(words.NOUNS), rng.choice(words.VERBS)
-    name, kind = rng.choice(noun.names), noun.kind
+    name, kind, place = rng.choice(noun.names), noun.kind, rng.choice(tuple(words.PLACES))
     other = rng.choice([n for n in words.NOUNS if n.kind != kind])
     text = [
         f"{capital(article(name[0]))} is {article(kind)}.",
         f"{capital(name[1])} are {words.KIND_PLURALS[kind]}, not {words.KIND_PLURALS[other.kind]}.",
         f"{capital(article(rng.choice(other.names)[0]))} is not {article(kind)}.",
-        f"{rng.choice(words.PEOPLE)} was {(place := rng.choice(tuple(words.PLACES)))}, so {words.PLACES[place]}.",
+        f"{rng.choice(words.PEOPLE)} was {place}, so {words.PLACES[place]}.",
     ]
     if len(noun.names) > 1:
-        text.append(f"{capital(article(noun.names[0][0]))} and {article(noun.names[1][0])} are the same thing.")
+        text.append(f"{capital(article(noun.names[0][0]))} and {article(noun.names[1][0])} are the same.")
     if len(verb.forms) > 1:
         text.append(f"To {verb.forms[0][0]} is to {verb.forms[1][0]}.")
     return " ".join(rng.sample(text, 3))
 
 
-DOCUMENTS = ((retelling, 2), (questions, 3), (report, 4), (comparison, 4), (review, 4), (numbers, 1), (definitions, 1))
+DOCUMENTS = (
+    (retelling, 2),
+    (questions, 3),
+    (report, 4),
+    (comparison, 4),
+    (review, 4),
+    (numbers, 1),
+    (definitions, 1),
+)
 """Kinds of paragraph and how often each is drawn."""
 
 

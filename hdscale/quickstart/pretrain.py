@@ -2,8 +2,9 @@
 
     python -m hdscale.quickstart.pretrain --to DIR [--steps 6000] [--seed 0] [--threads 2]
 
-writes a folder that `AutoTokenizer` and `T5ForConditionalGeneration` load: weights (bf16), configuration, tokenizer, and
-`pretraining.json` with how it was made. The text is drawn as it is read and never repeats, so there is no dropout.
+writes a folder that `AutoTokenizer` and `T5ForConditionalGeneration` load: weights (bf16), configuration,
+tokenizer, and `pretraining.json` with how it was made. The text is drawn as it is read and never repeats,
+so there is no dropout.
 """
 
 from __future__ import annotations
@@ -66,14 +67,14 @@ def corrupt(ids: list[int], first_sentinel: int, rng: random.Random) -> Pair:
         first_sentinel: id of `<extra_id_0>`; the following sentinels count down from it.
 
     Returns:
-        The source with each hidden span replaced by a sentinel, and the target: each sentinel and what it hides, `</s>`.
+        The source with a sentinel for each hidden span; the target: each sentinel and what it hides, `</s>`.
     """
     body, end = ids[:-1], ids[-1]
     hidden = max(1, round(len(body) * NOISE_DENSITY))
     spans = min(max(1, round(hidden / MEAN_SPAN)), len(body) - hidden + 1, SENTINELS)
     lengths = composition(hidden, spans, rng)
-    gaps = [gap - 1 for gap in composition(len(body) - hidden + 2, spans + 1, rng)]  # only the outer two may be empty
-    gaps[1:-1] = [gap + 1 for gap in gaps[1:-1]]
+    gaps = composition(len(body) - hidden + 2, spans + 1, rng)
+    gaps[0], gaps[-1] = gaps[0] - 1, gaps[-1] - 1  # only the outer two may be empty
     source: list[int] = []
     target: list[int] = []
     place = 0
@@ -102,8 +103,10 @@ def pairs(tokenizer: PreTrainedTokenizerBase, seed: int | str) -> Iterator[Pair]
             yield corrupt(ids, first_sentinel, rng)
 
 
-def batches(stream: Iterator[Pair], size: int, rng: random.Random, pool: int = 16) -> Iterator[dict[str, torch.Tensor]]:
-    """Padded batches of similar length: `pool` batches' worth of rows are sorted, cut, and dealt out in random order."""
+def batches(
+    stream: Iterator[Pair], size: int, rng: random.Random, pool: int = 16
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Padded batches of similar length: the rows of `pool` batches, sorted, cut and shuffled."""
     while True:
         rows = sorted(islice(stream, size * pool), key=lambda pair: (len(pair[0]), len(pair[1])))
         cut = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -126,7 +129,9 @@ def padded(rows: list[Pair]) -> dict[str, torch.Tensor]:
     }
 
 
-def corruption_loss(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, paragraphs: int = 1000) -> float:
+def corruption_loss(
+    model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, paragraphs: int = 1000
+) -> float:
     """Mean cross-entropy (nats a target token) on paragraphs of a seed that is never trained on."""
     rows = list(islice(pairs(tokenizer, "held out"), paragraphs))
     total, tokens = 0.0, 0
@@ -162,7 +167,12 @@ def pretrain(
         lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))),
     )
     stream = batches(pairs(tokenizer, seed), batch_size, random.Random(f"hdscale batches {seed}"))
-    columns = (TextColumn("pre-training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
+    columns = (
+        TextColumn("pre-training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+    )
     with Progress(*columns, TimeRemainingColumn()) as progress:
         bar = progress.add_task("", total=steps, loss=float("nan"))
         for step, batch in enumerate(islice(stream, steps)):
@@ -180,7 +190,7 @@ def pretrain(
 
 
 def finished(model: T5ForConditionalGeneration) -> T5ForConditionalGeneration:
-    """The trained weights in bf16, in a model with T5's usual configuration (dropout for fine-tuning included)."""
+    """The trained weights in bf16, in a model whose configuration has T5's dropout for fine-tuning."""
     final = T5ForConditionalGeneration(tiny_config(model.config.vocab_size))
     untie_head(final)
     final.load_state_dict(model.state_dict())

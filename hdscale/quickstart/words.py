@@ -1,7 +1,7 @@
 """The lexicon of the generated language: people, places, things, actions, times and judgements.
 
-Every word belongs to a concept; words of one concept mean the same (`novel`, `book`), which is what the paraphrases,
-the questions and the tasks are made of.
+Every word belongs to a concept; words of one concept mean the same (`novel`, `book`), which is what the
+paraphrases, the questions and the tasks are made of.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ def _verb(group: str, *forms: str) -> Verb:
 
 
 WOMEN = (
-    "Mara Lena Nina Ines Greta Yuki Clara Edith Lucia Amina Petra Sofia Ruth Hana Vera Zara Ilse Noor Tessa Wanda"
+    "Mara Lena Nina Ines Greta Yuki Clara Edith Lucia Amina"
+    " Petra Sofia Ruth Hana Vera Zara Ilse Noor Tessa Wanda"
 ).split()
-MEN = "Tom Omar Felix Ravi Paulo Anton Samir Boris Hugo Jonas Malik Ivan Diego Oscar Leon Emil Kofi Piet Rolf Yann".split()
+MEN = (
+    "Tom Omar Felix Ravi Paulo Anton Samir Boris Hugo Jonas"
+    " Malik Ivan Diego Oscar Leon Emil Kofi Piet Rolf Yann"
+).split()
 PEOPLE = WOMEN + MEN
 
 NOUNS = (
@@ -69,7 +73,9 @@ NOUNS = (
     _noun("document", "novel", "book"),
     _noun("document", "ticket"),
 )
-KINDS = {kind: [noun for noun in NOUNS if noun.kind == kind] for kind in dict.fromkeys(noun.kind for noun in NOUNS)}
+KINDS = {
+    kind: [noun for noun in NOUNS if noun.kind == kind] for kind in dict.fromkeys(noun.kind for noun in NOUNS)
+}
 KIND_PLURALS = {kind: {"dish": "dishes"}.get(kind, kind + "s") for kind in KINDS}
 
 VERBS = (
@@ -90,7 +96,8 @@ VERBS = (
     _verb("move", "lift lifted lifted", "raise raised raised"),
 )
 VERB_GROUPS = {
-    group: [verb for verb in VERBS if verb.group == group] for group in dict.fromkeys(verb.group for verb in VERBS)
+    group: [verb for verb in VERBS if verb.group == group]
+    for group in dict.fromkeys(verb.group for verb in VERBS)
 }
 
 COLOURS = "red blue green yellow black white brown grey".split()
@@ -146,15 +153,21 @@ TOPICS = {  # what is judged, with parts of it
     "game": ("story", "sound", "pace", "ending", "price"),
 }
 GOOD = (
-    "good great lovely superb charming brilliant delightful excellent splendid pleasant wonderful clever fresh graceful"
-    " warm fine perfect touching bright marvellous"
+    "good great lovely superb charming brilliant delightful excellent splendid pleasant wonderful clever"
+    " fresh graceful warm fine perfect touching bright marvellous"
 ).split()
 BAD = (
-    "bad awful dreadful dull boring clumsy tedious horrible poor terrible weak stale ugly lifeless cold shallow"
-    " painful annoying bland miserable"
+    "bad awful dreadful dull boring clumsy tedious horrible poor terrible weak stale ugly lifeless cold"
+    " shallow painful annoying bland miserable"
 ).split()
-LIKE = [tuple(pair.split("/")) for pair in "love/loved enjoy/enjoyed admire/admired like/liked adore/adored".split()]
-DISLIKE = [tuple(pair.split("/")) for pair in "hate/hated dislike/disliked regret/regretted loathe/loathed".split()]
+LIKE = (
+    ("love", "loved"),
+    ("enjoy", "enjoyed"),
+    ("admire", "admired"),
+    ("like", "liked"),
+    ("adore", "adored"),
+)
+DISLIKE = (("hate", "hated"), ("dislike", "disliked"), ("regret", "regretted"), ("loathe", "loathed"))
 GLAD = "happy glad pleased delighted cheerful content".split()
 SORRY = "unhappy sad angry upset gloomy bitter".split()
 DEGREES = ("very", "really", "quite", "truly", "so", "rather")

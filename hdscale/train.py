@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from hdscale.cluster.environment import read_environment
+from hdscale.cluster.environment import read_environment, set_interface
 from hdscale.config import Config, load_config, model_config, to_dict
 from hdscale.data.batches import Row, collate
 from hdscale.data.micro_batches import deal
@@ -39,7 +39,7 @@ from hdscale.engine.distributed import Ranks
 from hdscale.engine.preemption import Preemption
 from hdscale.engine.progress import RunLog
 from hdscale.engine.run_folder import RunFolder
-from hdscale.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from hdscale.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, report
 from hdscale.evaluation.averages import check_select, task_score
 from hdscale.evaluation.decode import EvaluationStopped
 from hdscale.evaluation.evaluate import Evaluation, evaluate_tasks
@@ -83,7 +83,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
     Raises:
         UserError: for whatever the user can mend, before anything expensive where it can be known there.
     """
-    tasks = check(config, ranks)
+    tasks = check(config, ranks.world_size)
     folder = RunFolder(Path(config.run.dir) / config.run.name)
     continued = ranks.on_main(folder.open, to_dict(config), fresh)
     if results := ranks.on_main(folder.finished):
@@ -159,14 +159,14 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
     return EXIT_DONE
 
 
-def check(config: Config, ranks: Ranks) -> list[Task]:
+def check(config: Config, world_size: int) -> list[Task]:
     """Everything that can be wrong with a configuration, before anything is loaded or overwritten; the run's tasks."""
     tasks = expand_tasks(config.data.tasks, config.data)
     check_select(config.eval.select, [task for task in tasks if task.trains] or tasks)
     model = model_config(config)
     method_class(model.method).check(model)
     base_config(model.model)
-    resolve_deepspeed_config(config.deepspeed, config.train, ranks.world_size)
+    resolve_deepspeed_config(config.deepspeed, config.train, world_size)
     for key in ("checkpoint_every", "keep_checkpoints", "log_every"):
         if getattr(config.train, key) < 1:
             raise UserError(f"train.{key}={getattr(config.train, key)} must be at least 1")
@@ -347,11 +347,11 @@ def run(args: argparse.Namespace) -> int:
         launch = read_environment(os.environ)
         rank = launch.rank
         config = load_config(args.config, args.overrides)
-        ranks = Ranks.start(launch, threads=config.run.threads)
+        set_interface(config.cluster.interface)
+        ranks = Ranks.start(launch, config.run.threads, rendezvous_seconds=config.cluster.rendezvous_timeout)
         return train(config, ranks, args.fresh)
     except UserError as error:
-        if rank == 0:
-            print(f"hdscale: error: {error}", file=sys.stderr, flush=True)
+        report(error, show=rank == 0)
         return EXIT_USER_ERROR
     finally:
         if ranks is not None:

@@ -106,7 +106,7 @@ def slurm_parameters(cluster: ClusterSettings, folder: Path, name: str, code: Pa
         "setup": setup,
         "teardown": [f"hdscale_end $? {launch}"],
         "srun_args": srun,
-        "wckey": "hdscale",
+        "wckey": None,  # submitit would set its own name, which sites that know wckeys refuse
         "additional_parameters": {"requeue": True, **cluster.sbatch},
         **{key: value for key, value in optional.items() if value is not None},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from datetime import timedelta
@@ -40,7 +41,8 @@ def meet(launch: Launch, seconds: float) -> dist.TCPStore:
         store = dist.TCPStore(
             launch.master_addr,
             launch.master_port,
-            is_master=launch.rank == 0,
+            # torchrun's agent may be listening there already
+            is_master=launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
             timeout=timedelta(seconds=seconds),
             wait_for_workers=False,
         )

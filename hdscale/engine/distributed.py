@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 
 from hdscale.cluster.environment import Launch, read_environment
+from hdscale.cluster.rendezvous import meet
 from hdscale.errors import UserError
 
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_MINUTES = 60.0
+DEFAULT_RENDEZVOUS_SECONDS = 600.0
 
 
 class Ranks:
@@ -54,6 +56,7 @@ class Ranks:
         threads: int | None = None,
         timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES,
         device: str | None = None,
+        rendezvous_seconds: float = DEFAULT_RENDEZVOUS_SECONDS,
     ) -> Ranks:
         """Join the process group.
 
@@ -62,9 +65,11 @@ class Ranks:
             threads: CPU threads; default: OMP_NUM_THREADS, else this rank's share of the node's cores.
             timeout_minutes: how long a collective waits for the slowest rank before the run is given up.
             device: "cpu" or "cuda"; default: CUDA where there is one.
+            rendezvous_seconds: how long to wait for every rank to appear.
 
         Raises:
             UserError: if there is no GPU for this rank.
+            RendezvousError: naming the ranks that have not appeared.
         """
         launch = launch or read_environment(os.environ)
         device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,7 +92,8 @@ class Ranks:
         if launch.world_size == 1:
             common["store"] = dist.HashStore()
         else:
-            common["init_method"] = f"tcp://{address}:{port}"
+            common["store"] = meet(launch, rendezvous_seconds)
+            common["store"].set_timeout(timeout)
         if device_type == "cuda":
             dist.init_process_group("nccl", device_id=place if launch.world_size > 1 else None, **common)
         else:

@@ -54,7 +54,11 @@ def load_tokenizer(name: str | None, revision: str | None = None) -> Any:
     if not name:
         raise UserError(f"no tokenizer is named; {advice}")
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True, trust_remote_code=False)
+        # a folder with a config.json alone gives a tokenizer without words, and no error
+        if set(tokenizer("A test.", add_special_tokens=False).input_ids) <= {tokenizer.unk_token_id}:
+            raise ValueError("no vocabulary is there")
+        return tokenizer
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"no tokenizer can be loaded from '{name}' ({reason}); {advice}") from error

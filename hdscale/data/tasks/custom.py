@@ -184,7 +184,7 @@ def read_labels(
     if isinstance(declared, Mapping) and declared:
         mapped = {str(value): str(text) for value, text in declared.items()}
         return tuple(dict.fromkeys(mapped.values())), mapped
-    labels = texts(declaration, "labels", where)
+    labels = () if isinstance(declared, Mapping) else texts(declaration, "labels", where)
     if not labels:
         raise UserError(
             f"{where}: a label task needs 'labels': [negative, positive], or {{0: negative, 1: positive}}"

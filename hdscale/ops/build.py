@@ -153,11 +153,12 @@ def _compiler(backend: str) -> str:
 
 
 def _nvcc() -> str:
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    if CUDA_HOME is None:
-        raise BuildError("no CUDA toolkit: nvcc is not on the PATH; load its module or set CUDA_HOME")
-    return str(Path(CUDA_HOME) / "bin" / "nvcc")
+    # cpp_extension's CUDA_HOME is None under a CPU build of torch, which is what a login node may have
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not os.access(nvcc, os.X_OK):
+        raise BuildError(f"no CUDA toolkit: {nvcc} is not there; load its module or set CUDA_HOME")
+    return nvcc
 
 
 def _fingerprint(backend: str, compiler: str) -> str:
@@ -210,6 +211,7 @@ def _compile_cuda(sources: list[str], folder: Path) -> None:
 
 
 def _run(command: list[str], folder: Path) -> None:
+    """Raises BuildError with the first line of output that speaks of an error."""
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if result.returncode:
         output = (result.stdout + "\n" + result.stderr).strip().splitlines()

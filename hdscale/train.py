@@ -84,6 +84,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         UserError: for whatever the user can mend, before anything expensive where it can be known there.
     """
     tasks = check(config, ranks.world_size)
+    ranks.on_main(check_splits, tasks, config.data)
     folder = RunFolder(Path(config.run.dir) / config.run.name)
     continued = ranks.on_main(folder.open, to_dict(config), fresh)
     if results := ranks.on_main(folder.finished):
@@ -160,7 +161,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
 
 
 def check(config: Config, world_size: int) -> list[Task]:
-    """Everything that can be wrong with a configuration, before anything is loaded or overwritten; the run's tasks."""
+    """What can be wrong with a configuration by itself, before anything is loaded or overwritten; the run's tasks."""
     tasks = expand_tasks(config.data.tasks, config.data)
     check_select(config.eval.select, [task for task in tasks if task.trains] or tasks)
     model = model_config(config)
@@ -170,7 +171,6 @@ def check(config: Config, world_size: int) -> list[Task]:
     for key in ("checkpoint_every", "keep_checkpoints", "log_every"):
         if getattr(config.train, key) < 1:
             raise UserError(f"train.{key}={getattr(config.train, key)} must be at least 1")
-    ranks.on_main(check_splits, tasks, config.data)
     return tasks
 
 

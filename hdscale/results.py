@@ -39,9 +39,9 @@ def final_results(
     results = {
         "name": config.run.name,
         "tasks": final,
-        **averages(tasks, final),
+        **average_of(tasks, final),
         "baseline": (baseline := majority_baselines(config, tasks)),
-        "baseline_average": averages([t for t in tasks if t.name in baseline], baseline)["average"] if baseline else None,
+        "baseline_average": average_of(tasks, baseline)["average"],
         "validation": progress.validation,
         "best": progress.best,
         "steps": steps,
@@ -58,6 +58,12 @@ def final_results(
     temporary.write_text(json.dumps(results, indent=2))
     temporary.replace(path)
     return results
+
+
+def average_of(tasks: list[Task], metrics: dict[str, dict[str, float]]) -> dict[str, float | None]:
+    """All averages over the tasks that were evaluated; `average` is None where none was."""
+    evaluated = [task for task in tasks if task.name in metrics]
+    return averages(evaluated, metrics) if evaluated else {"average": None}
 
 
 def parameter_size(parameter: Any) -> int:
@@ -100,6 +106,6 @@ def print_results(results: dict[str, Any]) -> None:
                 cell(results["tasks"], task, metric),
             )
     table.add_section()
-    baseline = results.get("baseline_average")
-    table.add_row("average", "", "" if baseline is None else f"{baseline:.1f}", "", f"{results['average']:.1f}")
+    averages_shown = ["" if results[key] is None else f"{results[key]:.1f}" for key in ("baseline_average", "average")]
+    table.add_row("average", "", averages_shown[0], "", averages_shown[1])
     Console().print(table)

@@ -119,7 +119,8 @@ def resume(
         model.begin(engine.step)
         micro = micro_batches(engine.step, ranks.rank, ranks.world_size, BATCH // ranks.world_size // 2)
         batches[engine.step] = torch.cat([batch["input_ids"] for batch in micro])
-        losses[engine.step] = engine.train_step(micro).loss
+        step = engine.step
+        losses[step] = engine.train_step(micro).loss
         if engine.step in save_at:
             save_checkpoint(engine, folder, {"note": f"after {engine.step}"})
     return {
@@ -156,13 +157,13 @@ def non_finite(ranks: Ranks, fault: str, folder: str, **config: Any) -> dict[str
 
 
 def save_poisoned(ranks: Ranks, folder: str) -> str:
-    """A master that is not finite is not saved."""
+    """A master that is not finite is not saved: a checkpoint at step 0, then an attempt at step 1."""
     engine = build_engine(ToyModel(), settings(), ranks)
     save_checkpoint(engine, folder, {})
+    engine.train_step(micro_batches(0, ranks.rank, ranks.world_size, BATCH))
     tensors = dict(engine.trainable_tensors())
     tensors["up.bias"][3] = float("inf")
     engine.load_trainables(tensors)
-    engine.step = 7
     try:
         save_checkpoint(engine, folder, {})
     except NonFiniteError as error:

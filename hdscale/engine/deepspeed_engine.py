@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -83,9 +84,11 @@ class Engine:
         self.parameters = trainable_parameters(model)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         exact = exact_masters(self.parameters) if train.dtype == "bf16" else {}
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=json_config, dist_init_required=False
-        )
+        # ZeRO-1 in bf16 prints reports of memory while it is set up
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=json_config, dist_init_required=False
+            )
         self.module: nn.Module = self._deepspeed.module
         self.stage: int = self._deepspeed.zero_optimization_stage()
         if exact:

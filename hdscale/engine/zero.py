@@ -63,9 +63,14 @@ def local_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
 
 def master_partitions(optimizer: Any) -> list[torch.Tensor]:
     """This rank's flat fp32 tensors, one for each parameter group (stages 1, 2) or sub-group (stage 3)."""
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        return list(optimizer.single_partition_of_fp32_groups)
-    return list(optimizer.fp32_partitioned_groups_flat)
+    for name in (
+        "single_partition_of_fp32_groups",  # stages 1 and 2
+        "fp32_groups_flat_partition",  # stage 1 in bf16, which is an optimizer class of its own
+        "fp32_partitioned_groups_flat",  # stage 3
+    ):
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    raise TypeError(f"{type(optimizer).__name__} is none of DeepSpeed 0.19's ZeRO optimizers")
 
 
 def create_states(optimizer: Any, step: int) -> None:

@@ -13,7 +13,7 @@ from hdscale.errors import UserError
 from hdscale.modeling.adaptation import Adaptation
 from hdscale.modeling.base import load_base, scales_output
 from hdscale.modeling.config import HyperdecoderConfig
-from hdscale.modeling.methods import method_class, settled, solve_budget
+from hdscale.modeling.methods import method_class, settled
 
 IGNORED = -100
 """Label of padding: no loss."""
@@ -187,7 +187,6 @@ def build_model(
     config = HyperdecoderConfig.from_dict(config.to_dict())
     cls = method_class(config.method)
     settled(cls, config)
-    solve_budget(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trainable_dtype = trainable_dtype or dtype

@@ -7,7 +7,6 @@ adapts the decoder. To add one, write a file with a subclass of `Method` and put
 from __future__ import annotations
 
 from hdscale.errors import UserError, nearest
-from hdscale.modeling.methods.budget import solve_budget
 from hdscale.modeling.methods.full import FullFinetuning
 from hdscale.modeling.methods.hyperformer import Hyperformer, HyperformerPlusPlus
 from hdscale.modeling.methods.hyperprompt import HyperPrompt
@@ -41,4 +40,4 @@ def method_class(settings: MethodSettings) -> type[Method]:
     return METHODS[settings.name]
 
 
-__all__ = ["METHODS", "Method", "method_class", "settled", "solve_budget"]
+__all__ = ["METHODS", "Method", "method_class", "settled"]

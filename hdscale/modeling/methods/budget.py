@@ -53,24 +53,21 @@ class Counter:
         return 100.0 * trained / self.total
 
 
-def solve_budget(config: HyperdecoderConfig) -> None:
+def solve_budget(cls: type[Method], config: HyperdecoderConfig) -> None:
     """Set the method's free size so that it trains `method.budget` of the base, and clear the budget.
 
     Args:
-        config: changed in place, so that an export holds the size itself.
+        cls: the method. config: changed in place, so that an export holds the size itself.
 
     Raises:
         UserError: for a share that no size gives, naming the nearest; for a method without a free size.
     """
-    from hdscale.modeling.methods import method_class
-
     method = config.method
     if method.budget is None:
         if method.solve is not None:
             raise UserError(f"method.solve={method.solve} needs a method.budget, such as 2.9%")
         return
     wanted, tolerance = parse_budget(method.budget)
-    cls = method_class(method)
     choices = cls.sizes(method)
     if not choices:
         raise UserError(f"method.budget={method.budget}: method '{method.name}' has no size to solve for; leave it out")

@@ -206,7 +206,7 @@ class Hyperformer(Method):
         return [["hyperformer.dim"]]
 
     @classmethod
-    def check(cls, config: HyperdecoderConfig) -> None:
+    def check_values(cls, config: HyperdecoderConfig) -> None:
         settings = config.method.hyperformer
         if settings.form not in ("stack", "layer"):
             raise UserError(f"method.hyperformer.form={settings.form}{nearest(settings.form, ['stack', 'layer'])}")

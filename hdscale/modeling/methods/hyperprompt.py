@@ -139,7 +139,7 @@ class HyperPrompt(Method):
         return [["hyperprompt.bottleneck"], ["hyperprompt.length"]]
 
     @classmethod
-    def check(cls, config: HyperdecoderConfig) -> None:
+    def check_values(cls, config: HyperdecoderConfig) -> None:
         settings = config.method.hyperprompt
         if settings.variant not in VARIANTS:
             raise UserError(f"method.hyperprompt.variant={settings.variant}{nearest(settings.variant, VARIANTS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -48,8 +49,13 @@ class Method(nn.Module):
         return []
 
     @classmethod
+    def check_values(cls, config: HyperdecoderConfig) -> None:
+        """Raise UserError for values that mean nothing to the method."""
+
+    @classmethod
     def check(cls, config: HyperdecoderConfig) -> None:
-        """Raise UserError for values that mean nothing to the method; called before anything is loaded."""
+        """Raise UserError for whatever is wrong with `method.*`, the budget included; nothing is loaded or changed."""
+        settled(cls, copy.deepcopy(config))
 
     def encode(self, encode: Encode, mask: Tensor, task_ids: Tensor | None) -> Tensor:
         """Hidden states [B, S, D] of the adapted encoder.
@@ -83,7 +89,7 @@ class Method(nn.Module):
 
 
 def settled(cls: type[Method], config: HyperdecoderConfig) -> None:
-    """Refuse options that a method does not have, put in what its name decides, and check the rest.
+    """Refuse options that a method does not have, put in what its name decides, check the rest, and meet the budget.
 
     Args:
         cls: the method. config: changed in place.
@@ -91,6 +97,8 @@ def settled(cls: type[Method], config: HyperdecoderConfig) -> None:
     Raises:
         UserError: naming the option; before anything is loaded.
     """
+    from hdscale.modeling.methods.budget import solve_budget
+
     settings, defaults = config.method, MethodSettings()
     has = [key for key in method_keys() if any(key == o or key.startswith(f"{o}.") for o in cls.options(settings))]
     for key in method_keys():
@@ -108,7 +116,8 @@ def settled(cls: type[Method], config: HyperdecoderConfig) -> None:
             raise UserError(f"method.{key}={value}: method '{settings.name}' as configured has no such option; {known}")
     for key, value in cls.fixed.items():
         set_option(settings, key, value)
-    cls.check(config)
+    cls.check_values(config)
+    solve_budget(cls, config)
 
 
 def method_keys(settings: type = MethodSettings, prefix: str = "") -> list[str]:

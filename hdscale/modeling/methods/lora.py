@@ -37,7 +37,7 @@ class Lora(Method):
         return [["lora.rank"]]
 
     @classmethod
-    def check(cls, config: HyperdecoderConfig) -> None:
+    def check_values(cls, config: HyperdecoderConfig) -> None:
         check_lora(config.method.lora)
 
     def encode(self, encode: Encode, mask: Tensor, task_ids: Tensor | None) -> Tensor:

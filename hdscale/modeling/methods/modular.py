@@ -136,7 +136,7 @@ class Modular(Method):
         return [["lora.rank"], ["modular.skills"]]
 
     @classmethod
-    def check(cls, config: HyperdecoderConfig) -> None:
+    def check_values(cls, config: HyperdecoderConfig) -> None:
         check_lora(config.method.lora)
         modular = config.method.modular
         if modular.skills < 1:

@@ -203,7 +203,7 @@ class SidesMethod(Method):
         return found + ([dims] if dims else [])
 
     @classmethod
-    def check(cls, config: HyperdecoderConfig) -> None:
+    def check_values(cls, config: HyperdecoderConfig) -> None:
         method = config.method
         for name in ("encoder", "decoder"):
             side: SideSettings = getattr(method, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -225,6 +226,8 @@ def attach_deepspeed() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 warns about, at every step
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # a single-process job on a cluster with MPI must not be sent looking for mpi4py
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -27,6 +27,16 @@ EVALUATION_NEWS_SECONDS = 30.0
 """Where there is no terminal for a bar, a long evaluation says how far it is this often."""
 
 
+class SteadyConsole(Console):
+    """A console that falls silent when nobody reads it any more: the launcher may die, and its terminal with it."""
+
+    def on_broken_pipe(self) -> None:
+        """Instead of rich's way, which ends the program: a run must live to save its checkpoint."""
+        self.quiet = True
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
 class RunLog:
     """The log of a run. Every rank has one; only rank 0's writes.
 
@@ -44,7 +54,7 @@ class RunLog:
     def __init__(self, folder: str | Path, config: Any, ranks: Ranks) -> None:
         self._folder, self._config, self._ranks = Path(folder), config, ranks
         self._active = ranks.is_main
-        self._console = Console(soft_wrap=True)
+        self._console = SteadyConsole(soft_wrap=True)
         self._files: dict[str, Any] = {}
         self._logged: set[tuple[str, int, str]] = set()
         self._bars: Progress | None = None
@@ -229,13 +239,11 @@ class RunLog:
             self._say(f"warning: {self._folder / name} cannot be written ({error.strerror}); going on without it")
 
     def _say(self, text: str) -> None:
-        """A line to the console, if there still is one: the launcher may be gone, and its terminal with it."""
+        """A line to the console, if there still is one."""
         try:
             self._console.print(text, markup=False, highlight=False)
-            self._console.file.flush()
         except OSError:
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            self._console.on_broken_pipe()
 
     def _open_tensorboard(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -21,7 +21,7 @@ hdscale_run() {
   fi
 
   local launch=(srun --nodes="$nodes" --ntasks="$((nodes * ranks))" --ntasks-per-node="$ranks"
-    --cpu-bind=none --kill-on-bad-exit=1 --unbuffered)
+    --cpu-bind=none --kill-on-bad-exit=1)
   local python=(python) log
   case ${HDSCALE_CONTAINER:-} in
     "") ;;

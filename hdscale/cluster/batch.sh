@@ -8,6 +8,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # compute nodes seldom reach the internet, and a hub that does not answer is waited for: `hdscale prepare` first
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 export PYTHONUNBUFFERED=1
+# srun --unbuffered gives the ranks a terminal; what they print goes to a file all the same
+export TTY_COMPATIBLE=0
 if [ -n "${HDSCALE_INTERFACE:-}" ]; then
   export NCCL_SOCKET_IFNAME=$HDSCALE_INTERFACE GLOO_SOCKET_IFNAME=$HDSCALE_INTERFACE
 fi

@@ -113,6 +113,7 @@ def plan_runs(
 
 def check_runs(configs: list[Config]) -> None:
     """What `hdscale train` checks first, and every model built without memory (meta device)."""
+    from hdscale.data.sources import check_splits
     from hdscale.modeling import build_model
     from hdscale.train import check
 
@@ -122,7 +123,8 @@ def check_runs(configs: list[Config]) -> None:
         one = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=0, name="", dir=""))
         if one not in seen:
             seen.append(one)
-            check(config, config.cluster.nodes * ranks_per_node(config.cluster))
+            tasks = check(config, config.cluster.nodes * ranks_per_node(config.cluster))
+            check_splits(tasks, config.data)
             build_model(model_config(config), device="meta")
 
 

@@ -32,14 +32,27 @@ class StandIn:
     def add(self, kind: str, name: str, files: dict[str, bytes], revision: str = "main") -> str:
         """Add a repository's revision; returns its commit."""
         self.repos.setdefault((kind, name), {})[revision] = files
-        return commit_of(files)
+        return self.commit(kind, name, revision)
+
+    def commit(self, kind: str, name: str, revision: str) -> str:
+        """The commit of a revision: itself, if it has the form of one, else a function of the content."""
+        for known, files in self.repos[kind, name].items():
+            commit = known if re.fullmatch("[0-9a-f]{40}", known) else commit_of(files)
+            if revision in (known, commit):
+                return commit
+        raise KeyError(revision)
 
     def find(self, kind: str, name: str, revision: str) -> dict[str, bytes] | None:
         """The files of a revision, by branch or by commit."""
         revisions = self.repos.get((kind, name), {})
-        if revision in revisions:
-            return revisions[revision]
-        return next((files for files in revisions.values() if commit_of(files) == revision), None)
+        return next(
+            (
+                files
+                for known, files in revisions.items()
+                if revision in (known, self.commit(kind, name, known))
+            ),
+            None,
+        )
 
     def fetched(self, name: str) -> int:
         """How many times a file's content was asked for."""
@@ -120,7 +133,9 @@ class Handler(BaseHTTPRequestHandler):
                     digest = hashlib.sha256(content).hexdigest()
                     sibling["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 130}
             siblings.append(sibling)
-        text = json.dumps({"id": name, "sha": commit_of(files), "siblings": siblings}).encode()
+        text = json.dumps(
+            {"id": name, "sha": self.hub.commit(kind, name, revision), "siblings": siblings}
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
@@ -136,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
         content = files[file]
         start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
         self.send_response(206 if start else 200)
-        self.send_header("X-Repo-Commit", commit_of(files))
+        self.send_header("X-Repo-Commit", self.hub.commit(kind, name, revision))
         digest = hashlib.sha256(content) if file.endswith(LARGE) else hashlib.sha1(content)
         self.send_header("ETag", f'"{digest.hexdigest()}"')
         self.send_header("Accept-Ranges", "bytes")

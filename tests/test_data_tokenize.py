@@ -180,6 +180,11 @@ def test_no_tokenizer(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_of_bytes_is_one(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("ab").input_ids == [100, 101, 1]
+
+
 @needs_data
 def test_t5s_real_vocabulary(t5, settings):
     assert t5.is_fast and t5("Hello world").input_ids[-1] == t5.eos_token_id == 1

@@ -67,17 +67,19 @@ def find_on_hub(task: Task, origin: str, settings: DataSettings) -> RemoteFiles:
     if not configured:
         revisions.append(CONVERTED)
     seen: tuple[str, ...] = ()
+    failed: list[UserError] = []
     for revision in revisions:
         try:
             commit, names = listing(repo, revision)
-        except UserError:
-            if revision == revisions[0]:
-                raise
-            continue  # no conversion either: what the main branch lacks is the thing to report
+        except UserError as error:
+            failed.append(error)
+            continue
         found = match(names, task.configs, origin)
         if found:
             return RemoteFiles(repo, revision, commit, tuple(whole(found, f"hub data set {repo}@{revision}")))
         seen = seen or tuple(name for name in names if name.endswith(".parquet"))
+    if len(failed) == len(revisions):
+        raise failed[0]
     raise UserError(
         f"hub data set {repo}@{revisions[0]} has no parquet file of split '{origin}' in "
         f"{' or '.join(repr(folder or '.') for folder in task.configs)} (task {task.name}){have(seen)}; "
@@ -173,7 +175,7 @@ def download(remote: RemoteFiles, name: str) -> Path:
 
     try:
         return Path(
-            huggingface_hub.hf_hub_download(remote.repo, name, repo_type="dataset", revision=remote.commit)
+            huggingface_hub.hf_hub_download(remote.repo, name, repo_type="dataset", revision=remote.revision)
         )
     except Exception as error:
         raise UserError(

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress, TaskID
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from hdscale import __version__
 from hdscale.data.checksums import sha256
@@ -118,7 +127,12 @@ class Mirror:
             raise UserError(
                 f"--to {self.folder}: {gigabytes(room)} are needed there, but {gigabytes(free)} are free"
             )
-        with Progress(transient=True) as progress:
+        if not missing:
+            return []
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(
+            *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+        ) as progress:
             bar = progress.add_task("fetching", total=needed)
             for file in missing:
                 progress.update(bar, description=f"{file.repo} {Path(file.name).name}")

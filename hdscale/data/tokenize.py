@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Version of the cache's layout and of the text-to-ids rules: old entries are left alone when it grows."""
 BATCH_ROWS = 2000
+MIN_VOCABULARY = 10
 META = "meta.json"
 COLUMNS = ("source", "target", "ids")
 _FINGERPRINTS: weakref.WeakKeyDictionary[Any, tuple[int, str]] = weakref.WeakKeyDictionary()
@@ -54,9 +55,11 @@ def load_tokenizer(name: str | None, revision: str | None = None) -> Any:
     if not name:
         raise UserError(f"no tokenizer is named; {advice}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True, trust_remote_code=False)
-        # a folder with a config.json alone gives a tokenizer without words, and no error
-        if set(tokenizer("A test.", add_special_tokens=False).input_ids) <= {tokenizer.unk_token_id}:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, use_fast=True, trust_remote_code=False
+        )
+        # a folder with a config.json alone gives a tokenizer of special tokens, and no error
+        if len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()) < MIN_VOCABULARY:
             raise ValueError("no vocabulary is there")
         return tokenizer
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -60,7 +60,7 @@ def chunks_of_questions(
         raise UserError(
             f"{type(tokenizer).__name__} does not map tokens to characters, which cutting contexts needs; use a model with a fast tokenizer"
         )
-    stream = iter(questions)
+    stream, blank = iter(questions), blank_token(tokenizer)
     while group := list(islice(stream, READ_AHEAD)):
         encoded = tokenizer(
             [question.source for question in group],
@@ -70,17 +70,21 @@ def chunks_of_questions(
             verbose=False,
         )
         for question, ids, offsets in zip(group, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            yield from chunks_of(question, ids, offsets, tokenizer.eos_token_id, window, overlap, training)
+            yield from chunks_of(
+                question, ids, offsets, window, overlap, training, end_id=tokenizer.eos_token_id, blank_id=blank
+            )
 
 
 def chunks_of(
     question: Question,
     ids: Sequence[int],
     offsets: Sequence[tuple[int, int]],
-    eos_id: int,
     window: int,
     overlap: int,
     training: bool,
+    *,
+    end_id: int,
+    blank_id: int | None,
 ) -> Iterator[Chunk]:
     """The chunks of one question, from the tokens of its whole prompt and their character ranges."""
     border = len(question.source) - len(question.context)
@@ -92,17 +96,25 @@ def chunks_of(
     room = window - len(prompt) - 1
     context_ids = ids[first_token:]
     token_starts = [max(0, start - border) for start in starts[first_token:]]
-    token_ends = [end - border for end in ends[first_token:]]
-    found = [tokens for span in question.spans if (tokens := tokens_of(span, token_starts, token_ends)) is not None]
-    spans = [span for span in question.spans if tokens_of(span, token_starts, token_ends) is not None]
+    covered = (
+        # a space of its own is given the first letter of the word behind it: in truth it covers none
+        start if token == blank_id else end - border
+        for token, start, end in zip(context_ids, token_starts, ends[first_token:], strict=True)
+    )
+    token_ends = list(accumulate(covered, max))
+    answers = []  # (first and last character, [first, end) token); what no token covers at its beginning is left off
+    for first, last in question.spans:
+        tokens = tokens_of((first, last), token_starts, token_ends)
+        if tokens is not None:
+            answers.append(((max(first, token_starts[tokens[0]]), last), tokens))
     windows = cut(len(context_ids), room, min(overlap, room // 2))
     if training:
-        windows += rescue(windows, found, len(context_ids), room)
+        windows += rescue(windows, [tokens for _, tokens in answers], len(context_ids), room)
     for number, (begin, stop) in enumerate(windows):
-        inside = [span for span, (low, high) in zip(spans, found, strict=True) if begin <= low and high <= stop]
         start = 0 if begin == 0 else token_starts[begin]
         # up to the next token: characters that no token covers (an accent of its own, white space) stay with the one before
         end = len(question.context) if stop == len(context_ids) else max(token_starts[stop], token_ends[stop - 1])
+        inside = [span for span, (low, high) in answers if begin <= low and high <= stop]
         yield Chunk(
             source=question.source[:border] + question.context[start:end],
             target=question.context[inside[0][0] : inside[0][1] + 1] if inside else "",
@@ -110,10 +122,16 @@ def chunks_of(
             id=f"{question.id}#{number}",
             references=question.references,
             group=question.id,
-            input_ids=(*prompt, *context_ids[begin:stop], eos_id),
+            input_ids=(*prompt, *context_ids[begin:stop], end_id),
             start=start,
             end=end,
         )
+
+
+def blank_token(tokenizer: Any) -> int | None:
+    """The id of SentencePiece's space that stands alone; None where the vocabulary has none."""
+    found = tokenizer.convert_tokens_to_ids("▁")
+    return None if found == tokenizer.unk_token_id else found
 
 
 def cut(tokens: int, room: int, overlap: int) -> list[tuple[int, int]]:

@@ -1,0 +1,53 @@
+"""Configurations: every YAML that ships is read and its model built; inheritance and order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hdscale.config import load_config, model_config
+from hdscale.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# hub checkpoints cannot be reached here: the built-in size of the same architecture stands in for each
+BUILT_IN = {
+    "google/t5-base-lm-adapt": "t5-v1_1-base",
+    "google/t5-large-lm-adapt": "t5-v1_1-large",
+    "google/t5-xl-lm-adapt": "t5-v1_1-xl",
+    "google/t5-xxl-lm-adapt": "t5-v1_1-xxl",
+    "google-t5/t5-base": "t5-base",
+}
+RUNS = sorted(path for path in CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=[path.stem for path in RUNS])
+def test_shipped_configuration_is_read_and_its_model_built(path: Path) -> None:
+    from hdscale.modeling import build_model
+
+    config = load_config(path)
+    config.model.name = BUILT_IN.get(config.model.name, config.model.name)
+    model = build_model(model_config(config), device="meta")
+    assert model.trainable_names()
+    assert config.run.name == path.stem, "a run is called after its file"
+
+
+def test_command_line_over_file_over_base_over_defaults(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("train: {max_steps: 10, warmup_steps: 3}\nrun: {name: base}\n")
+    (tmp_path / "own.yaml").write_text("base: base.yaml\ntrain: {max_steps: 20}\n")
+    config = load_config(tmp_path / "own.yaml", ["train.learning_rate=0.5"])
+    assert (config.train.max_steps, config.train.warmup_steps, config.train.learning_rate) == (20, 3, 0.5)
+    assert config.run.name == "base" and config.train.global_batch_size == 128
+
+
+def test_bases_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(UserError, match="circle"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_nested_mappings_are_merged_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("method: {encoder: {dim: 3}}\n")
+    config = load_config(tmp_path / "a.yaml")
+    assert config.method.encoder.dim == 3 and config.method.encoder.adapter == "manual"

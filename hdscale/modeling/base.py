@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from hdscale.errors import UserError, nearest
 from hdscale.modeling.blocks import adapt_blocks, set_activation_checkpointing
+from hdscale.modeling.loading import load_mapped, weight_files
 from hdscale.modeling.settings import ModelSettings
 from hdscale.quickstart import asset_folder
 
@@ -36,16 +37,24 @@ V1_0_SIZES = {
     "t5-3b": (1024, 16384, 128, 32, 24),
     "t5-11b": (1024, 65536, 128, 128, 24),
 }
-BUILT_IN = {**V1_1_SIZES, **V1_0_SIZES}
+TINY_SIZES = {
+    "tiny-1": (48, 96, 16, 3, 2),
+    "tiny-2": (96, 192, 24, 4, 3),
+    "tiny-4": (192, 384, 32, 6, 4),
+}
+"""v1.1 in miniature with the packaged tokenizer, for trial studies: each size about four times the one before."""
+BUILT_IN = {**V1_1_SIZES, **V1_0_SIZES, **TINY_SIZES}
 VOCABULARY = 32128
+TINY_VOCABULARY = 2048
+"""Room for every token of the packaged tokenizer."""
 
 
 def built_in_config(name: str) -> T5Config:
     """The architecture of a built-in size: v1.1 (gated GELU, untied head) or v1.0 (ReLU, tied head)."""
     d_model, d_ff, d_kv, heads, layers = BUILT_IN[name]
-    v1_1 = name in V1_1_SIZES
+    v1_1 = name not in V1_0_SIZES
     config = T5Config(
-        vocab_size=VOCABULARY,
+        vocab_size=TINY_VOCABULARY if name in TINY_SIZES else VOCABULARY,
         d_model=d_model,
         d_ff=d_ff,
         d_kv=d_kv,
@@ -81,6 +90,12 @@ def untie_head(base: PreTrainedModel) -> None:
 def resolve_name(name: str) -> str:
     """A folder for the packaged default, anything else as it is."""
     return str(asset_folder()) if name == "quickstart" else name
+
+
+def tokenizer_name(settings: ModelSettings) -> str:
+    """Folder or hub id of the tokenizer: `model.tokenizer`, else the model's own; the tiny sizes have the packaged one."""
+    name = settings.tokenizer or settings.name
+    return resolve_name("quickstart" if name in TINY_SIZES else name)
 
 
 def base_config(settings: ModelSettings) -> PretrainedConfig:
@@ -156,6 +171,12 @@ def load_base(settings: ModelSettings, dtype: torch.dtype, device: str | torch.d
         untie_head(base)
         if torch.device(device).type != "meta":
             log.warning("base %s is a built-in size with random weights: for counting, planning and benchmarks", name)
+    elif Path(name).is_dir() and weight_files(Path(name)):
+        config._attn_implementation = settings.attention
+        with torch.device("meta"):
+            base = AutoModelForSeq2SeqLM.from_config(config, dtype=dtype, attn_implementation=settings.attention)
+        with quiet_loading():
+            base = load_mapped(base, Path(name), dtype, device, untie_head)
     else:
         try:
             with quiet_loading():

@@ -43,7 +43,7 @@ from hdscale.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from hdscale.evaluation.averages import check_select, task_score
 from hdscale.evaluation.decode import EvaluationStopped
 from hdscale.evaluation.evaluate import Evaluation, evaluate_tasks
-from hdscale.modeling.base import base_config, resolve_name
+from hdscale.modeling.base import base_config, tokenizer_name
 from hdscale.modeling.export import read_trainables
 from hdscale.modeling.methods import method_class
 from hdscale.modeling.model import build_model
@@ -97,7 +97,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         log.info(str(ranks.launch))
 
         # ---- data: one global order of all tasks' rows
-        tokenizer = load_tokenizer(config.model.tokenizer or resolve_name(config.model.name), config.model.revision)
+        tokenizer = load_tokenizer(tokenizer_name(config.model), config.model.revision)
         trained = [task for task in tasks if task.trains]
         task_ids = {task.name: trained.index(task) if task in trained else -1 for task in tasks}
         mixture = Mixture(

@@ -33,11 +33,9 @@ READ_AHEAD = 256
 class Chunk(Example):
     """A question with a part of its context: `context[start:end]`; `target` is the answer found there, or the empty string.
 
-    `group` is the question's id, `id` is `<question id>#<number of the chunk>`.
+    `input_ids` are the window's tokens, prompt and `</s>` included, never more than the window. `group` is the question's id, `id` is `<question id>#<number of the chunk>`.
     """
 
-    input_ids: tuple[int, ...] = ()
-    """The window's tokens, prompt and `</s>` included; never more than the window."""
     start: int = 0
     end: int = 0
 

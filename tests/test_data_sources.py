@@ -117,6 +117,14 @@ def test_faulty_rows_of_a_mirror_are_named(tmp_path):
         check_splits([get_task("rte")], settings)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"temperature": 0.0}, {"fraction": 0.0}, {"fraction": 1.1}, {"max_source_length": 1}]
+)
+def test_settings_out_of_range_are_found_first(setting):
+    with pytest.raises(UserError, match=f"data.{next(iter(setting))}="):
+        check_splits([get_task("rte")], DataSettings(root="/nowhere", **setting))
+
+
 @needs_data
 def test_real_text_has_the_sizes_of_table_10_where_whole():
     settings = DataSettings(root=str(HUB))

@@ -86,26 +86,32 @@ class Mixture:
 
     def places(self, step: int, global_batch_size: int) -> list[tuple[int, int]]:
         """(set, row of the set) of each row of a step's global batch."""
-        positions = range(step * global_batch_size, (step + 1) * global_batch_size)
-        if self.temperature == 1:
-            return [self._place(position) for position in positions]
-        return [self._drawn(position) for position in positions]
+        positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
+        numbers, rows = self._shuffled(positions) if self.temperature == 1 else self._drawn(positions)
+        return [
+            (number, row if self._chosen[number] is None else int(self._chosen[number][row]))
+            for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)
+        ]
 
-    def _place(self, position: int) -> tuple[int, int]:
-        epoch, place = divmod(position, len(self))
-        index = int(self._epoch_order(epoch)[place])
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return number, self._row(number, index - int(self._starts[number]))
+    def _shuffled(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sets and rows at positions of the concatenated, reshuffled epochs."""
+        epochs, places = np.divmod(positions, len(self))
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            indices[here] = self._epoch_order(epoch)[places[here]]
+        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        return numbers, indices - self._starts[numbers]
 
-    def _drawn(self, position: int) -> tuple[int, int]:
-        block, place = divmod(position, DRAWS)
-        numbers, fractions = self._draws(block)
-        number = int(numbers[place])
-        return number, self._row(number, int(fractions[place] * self.sizes[number]))
-
-    def _row(self, number: int, index: int) -> int:
-        chosen = self._chosen[number]
-        return index if chosen is None else int(chosen[index])
+    def _drawn(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sets and rows at positions of the weighted draws."""
+        blocks, places = np.divmod(positions, DRAWS)
+        numbers, fractions = np.empty_like(places), np.empty(len(places))
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            drawn = self._draws(block)
+            numbers[here], fractions[here] = drawn[0][places[here]], drawn[1][places[here]]
+        return numbers, (fractions * np.array(self.sizes)[numbers]).astype(np.int64)
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         return permutation(len(self), self.seed, EPOCH_ORDER, epoch)

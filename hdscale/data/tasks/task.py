@@ -208,7 +208,9 @@ class Task:
             if text not in self.labels:
                 known = ", ".join(self.label_map or self.labels)
                 hint = "; a split whose labels are hidden cannot be used" if target == "-1" else ""
-                raise UserError(f"{where}: label '{target}' is none of the labels of task {self.name} ({known}){hint}")
+                raise UserError(
+                    f"{where}: label '{target}' is none of the labels of task {self.name} ({known}){hint}"
+                )
             return text
         if self.kind == "number":
             return self.number_text(target, where)

@@ -34,6 +34,10 @@ def best_answer(chunks: Sequence[Mapping[str, Any]], mean: bool = False) -> str:
     return best
 
 
+UNANSWERED = "\0"
+"""Stands for a question that a prediction file lacks: it matches no answer (an empty prediction would match the answer "The")."""
+
+
 def is_chunked(examples: Sequence[Any]) -> bool:
     """Whether these examples are chunks, each a part of the question that its `group` names."""
     return len(examples) > 0 and getattr(examples[0], "group", None) is not None
@@ -86,7 +90,7 @@ def write_official(answers: Mapping[str, str], path: str | Path) -> None:
 
 
 def read_official(path: str | Path, questions: Iterable[str]) -> dict[str, str]:
-    """{question id: answer} of an official prediction file for these question ids; one it lacks is answered by the empty string.
+    """{question id: answer} of an official prediction file for these question ids; one that it lacks is `UNANSWERED`, and wrong.
 
     Raises:
         UserError: not a JSON object of strings.
@@ -97,4 +101,4 @@ def read_official(path: str | Path, questions: Iterable[str]) -> dict[str, str]:
         raise UserError(f"{path}: no prediction file can be read here: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(answer, str) for answer in content.values()):
         raise UserError(f"{path}: must be one JSON object that maps each qid to its answer, a string")
-    return {question: content.get(qid, "") for question, qid in official_ids(questions).items()}
+    return {question: content.get(qid, UNANSWERED) for question, qid in official_ids(questions).items()}

@@ -9,23 +9,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from hdscale.cli import main
 from hdscale.cluster.records import launch_folder, read_launch, read_state
 from hdscale.config import load_config, model_config
 from hdscale.engine.checkpoint import find_fault
 from hdscale.modeling import build_model
-from tests.slurm_cluster.cluster import ClusterUnavailable, SlurmCluster, wait_until
+from tests.slurm_cluster.cluster import ClusterUnavailable, SlurmCluster, free_ports, wait_until
 from tests.tiny import HUB, T5_TOKENIZER, needs_real_text, save_tiny_t5
 
 pytestmark = [pytest.mark.slow, needs_real_text]
@@ -255,8 +256,8 @@ def local(place: Path, settings: list[str]) -> Outcome:
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     command = [
         "deepspeed",
-        "--num_accelerators",
-        "2",
+        "--num_accelerators=2",
+        f"--master_port={free_ports(1)[0]}",
         "hdscale/train.py",
         "--config",
         "configs/glue_large.yaml",
@@ -504,6 +505,8 @@ def test_a_script_is_accepted_and_its_configuration_builds(script: str, on_slurm
     [call] = [line for line in text.splitlines() if line.startswith("hdscale_run ")]
     path, *overrides = call.removeprefix("hdscale_run ").removesuffix(' "$@"').split()
     config = load_config(ROOT / path, overrides)
+    # the hub's checkpoint has the architecture of the built-in size
+    config.model.name = re.sub(r"google/t5-(\w+)-lm-adapt", r"t5-v1_1-\1", config.model.name)
     model = build_model(model_config(config), device="meta")
     assert 0 < sum(p.numel() for p in model.parameters() if p.requires_grad)
     options = dict(
@@ -526,7 +529,7 @@ def test_a_script_is_accepted_and_its_configuration_builds(script: str, on_slurm
     [
         ("cluster.partition=gpuu", "no partition 'gpuu' here"),
         ("cluster.gpus_per_node=16", "a node of partition main has 8 GPUs"),
-        ("cluster.nodes=5", "partition main has 4 nodes"),
+        ("cluster.nodes=8", "partition main has 4 nodes"),
         ("cluster.cpus_per_task=65", "more than the 64 cores"),
         ("cluster.mem=4000G", "sbatch refuses the job"),
         ("cluster.time=soon", "cluster.time='soon' is no time"),

@@ -50,15 +50,16 @@ def meet(launch: Launch, seconds: float) -> dist.TCPStore:
         detail = " ".join(str(error).split())[:200]
         if launch.rank == 0:
             raise RendezvousError(
-                f"rank 0 on {socket.gethostname()} cannot listen at {place} ({detail}); set HDSCALE_MASTER_PORT to a "
-                "free port, or HDSCALE_MASTER_ADDR to an address of this node"
+                f"rank 0 on {socket.gethostname()} cannot listen at {place} ({detail}); {remedy(launch)}"
             ) from error
         raise RendezvousError(
             f"rank {launch.rank} on {socket.gethostname()} does not reach rank 0 at {place} within {seconds:g} s "
             f"({detail}); rank 0 is missing, or cluster.interface / HDSCALE_MASTER_ADDR must name another network"
         ) from error
-    store.set(key(launch.rank), socket.gethostname())
+    ours = token(launch)
     if launch.rank == 0:
+        store.set("hdscale/run", ours)
+        store.set(key(0), ours)
         missing = wait_for_ranks(store, launch.world_size, end)
         verdict = f"after {seconds:g} s at {place}, {describe(missing, launch.world_size)}" if missing else ""
         store.set("hdscale/verdict", verdict)
@@ -67,15 +68,43 @@ def meet(launch: Launch, seconds: float) -> dist.TCPStore:
             raise RendezvousError(verdict)
         return store
     try:
+        store.wait(["hdscale/run"], timedelta(seconds=max(1.0, end - time.monotonic())))
+        theirs = store.get("hdscale/run").decode()
+        if theirs != ours:
+            raise RendezvousError(
+                f"another run ({theirs}) listens at {place}, not this one ({ours}); {remedy(launch)}"
+            )
+        store.set(key(launch.rank), ours)
         store.wait(["hdscale/verdict"], timedelta(seconds=max(1.0, end - time.monotonic()) + GRACE_SECONDS))
         verdict = store.get("hdscale/verdict").decode()
     except (dist.DistError, RuntimeError) as error:
+        if isinstance(error, RendezvousError):
+            raise
         raise RendezvousError(
             f"rank 0 at {place} has left before all ranks were there; see its log"
         ) from error
     if verdict:
         raise RendezvousError(verdict)
     return store
+
+
+def token(launch: Launch) -> str:
+    """What all ranks of a run know and those of another run do not; empty where there is no such thing.
+
+    Two runs that were given one port would otherwise exchange their ranks.
+    """
+    if launch.launcher == "deepspeed" and launch.world_size == launch.local_world_size:
+        return f"launched by process {os.getppid()}"
+    return launch.job
+
+
+def remedy(launch: Launch) -> str:
+    """How to choose another meeting place."""
+    if launch.launcher in ("deepspeed", "torchrun"):
+        return f"start with another port: {launch.launcher} --master_port=PORT"
+    if launch.launcher == "environment":
+        return "set another MASTER_PORT"
+    return "set HDSCALE_MASTER_PORT to a free port, or HDSCALE_MASTER_ADDR to an address of rank 0's node"
 
 
 def key(rank: int) -> str:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from hdscale.errors import UserError, nearest
 from hdscale.ops.build import BuildError, load_kernels
+from hdscale.ops.reference import AdapterHeads
+from hdscale.ops.verify import TOLERANCE, Shape, random_case, reference, relative_error
 
 BACKENDS = ("auto", "cpp", "cuda", "torch")
 _DEVICE = {"cpp": "cpu", "cuda": "cuda"}
@@ -42,8 +44,42 @@ def availability(backend: str) -> Availability:
     except BuildError as error:
         logger.warning("generated adapters run in plain PyTorch: the %s kernels could not be built: %s", backend, error)
         return Availability(False, str(error))
+    if backend == "cuda":
+        try:
+            errors = _first_use_errors()
+        except RuntimeError as error:
+            logger.warning("generated adapters run in plain PyTorch: the CUDA kernels failed their check: %s", error)
+            return Availability(False, f"the kernels failed on this GPU: {error}")
+        if not max(errors.values()) <= 2 * TOLERANCE[torch.bfloat16]:
+            logger.warning("generated adapters run in plain PyTorch: the CUDA kernels failed their check: %s", errors)
+            return Availability(False, f"the kernels' results on this GPU are wrong: {errors}")
     logger.info("generated adapters: backend %s (%s)", backend, kernels.description)
     return Availability(True, kernels.description, kernels.seconds)
+
+
+def _first_use_errors() -> dict[str, float]:
+    """Errors of the CUDA kernels on one small case with odd sizes, against double precision on this GPU."""
+    case = random_case(Shape(B=19, T=5, D=72, A=20, K=40, N=2), torch.bfloat16, "cuda")
+    x = [tensor.detach() for tensor in case.x]
+    kernels, heads = torch.ops.hdscale, case.heads
+    ys, dxs, dzs, hiddens = [], [], [], []
+    for x_l, code, dy in zip(x, case.code.unbind(), case.dy, strict=True):
+        biases = (
+            torch.addmm(heads.down_bias_bias, code, heads.down_bias_weight.t()),
+            torch.addmm(heads.up_bias_bias, code, heads.up_bias_weight.t()),
+        )
+        y, hidden = kernels.generated_adapter(x_l, code, *heads[:4], *biases)
+        dx, dz = kernels.generated_adapter_backward(dy, hidden, code, *heads[:4])
+        ys.append(y), dxs.append(dx), dzs.append(dz), hiddens.append(hidden)
+    found = kernels.generated_adapter_heads_backward(
+        x, dzs, hiddens, list(case.dy), case.code, heads.down_weight, heads.up_weight
+    )
+    expected = reference(case, [hidden > 0 for hidden in hiddens])
+    dcode_of_biases = torch.stack([dz.double().sum(1) for dz in dzs]) @ heads.down_bias_weight.double()
+    dcode_of_biases += torch.stack([dy.double().sum(1) for dy in case.dy]) @ heads.up_bias_weight.double()
+    outputs = {"y": torch.stack(ys), "x": torch.stack(dxs), "code": found[0].double() + dcode_of_biases}
+    outputs |= dict(zip(AdapterHeads._fields[:4], found[1:], strict=True))
+    return {name: relative_error(output, expected[name]) for name, output in outputs.items()}
 
 
 @torch.compiler.assume_constant_result

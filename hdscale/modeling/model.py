@@ -13,6 +13,7 @@ from hdscale.errors import UserError
 from hdscale.modeling.adaptation import Adaptation
 from hdscale.modeling.base import load_base, scales_output
 from hdscale.modeling.config import HyperdecoderConfig
+from hdscale.modeling.greedy import greedy_decode
 from hdscale.modeling.methods import method_class, settled
 
 IGNORED = -100
@@ -131,7 +132,10 @@ class AdaptedModel(nn.Module):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """Transformers' `generate` with the adapters generated once per instance.
+        """Decode with the adapters generated once per instance.
+
+        Plain greedy search (nothing but lengths asked for) is a small loop of ours, everything else transformers'
+        `generate`.
 
         Args:
             input_ids: [B, S]. attention_mask: [B, S]. task_ids: [B].
@@ -142,6 +146,9 @@ class AdaptedModel(nn.Module):
         """
         encoded = self.encode(input_ids, attention_mask, task_ids)
         adaptation = encoded.adaptation.for_generation() if encoded.adaptation is not None else None
+        if is_plain_greedy(kwargs):
+            lengths = {name: kwargs[name] for name in ("max_new_tokens", "min_new_tokens") if name in kwargs}
+            return greedy_decode(self.base, encoded.hidden, attention_mask, adaptation, **lengths)
         return self.base.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
             attention_mask=attention_mask,
@@ -162,6 +169,16 @@ class AdaptedModel(nn.Module):
         from hdscale.modeling.export import save_pretrained
 
         save_pretrained(self, folder, tensors)
+
+
+def is_plain_greedy(arguments: dict[str, Any]) -> bool:
+    """Whether `generate`'s arguments ask for greedy search and lengths, and for nothing else."""
+    return (
+        "max_new_tokens" in arguments
+        and arguments.keys() <= {"max_new_tokens", "min_new_tokens", "num_beams", "do_sample"}
+        and arguments.get("num_beams", 1) == 1
+        and not arguments.get("do_sample", False)
+    )
 
 
 def build_model(

@@ -103,6 +103,16 @@ def build_kernels(backend: str, force: bool = False) -> Path:
     return target
 
 
+def find_built(backend: str) -> dict[str, str | float] | None:
+    """What is known of an earlier build for this torch, compiler and architecture; None if there is none.
+
+    Raises:
+        BuildError: no compiler.
+    """
+    folder = cache_folder() / f"{backend}-{_fingerprint(backend, _compiler(backend))}"
+    return json.loads((folder / "build.json").read_text()) | {"folder": str(folder)} if _whole(folder) else None
+
+
 def load_kernels(backend: str) -> LoadedKernels:
     """Build the kernels if need be, and register them with torch.
 

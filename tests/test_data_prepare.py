@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
 from hdscale.data.mirror import MANIFEST, Mirror, Wanted
 from hdscale.data.tasks.glue import REVISION
-from hdscale.data.weights import convert_pickled
+from hdscale.data.weights import convert_pickled, without_aliases
 from hdscale.errors import UserError
 from hdscale.modeling.fingerprint import fingerprint_weights
 from tests.hub_stand_in import StandIn
@@ -87,6 +87,18 @@ def hub(tmp_path):
             "tf_model.h5": b"not wanted",
         },
     )
+    untied = tiny_model(tied=False)
+    stand_in.add(
+        "models",
+        "tiny/safe",
+        {
+            **tokenizer,
+            "config.json": untied.config.to_json_string().encode(),
+            "model.safetensors": save(without_aliases(dict(untied.state_dict()))),
+            "pytorch_model.bin": b"not wanted",
+        },
+    )
+    stand_in.add("models", "tiny/bare", {"config.json": b"{}"})
     address = stand_in.start()
     yield stand_in, address, model
     stand_in.stop()
@@ -171,6 +183,32 @@ def test_a_mirror_is_filled_resumed_checked_and_used_offline(hub, tmp_path):
     assert used[0] == 0 and not stand_in.requests
     assert used[1].splitlines()[0] == "rte [('train-0', '0'), ('train-1', '1'), ('train-2', '0')]"
     assert again[0] == 2 and "HF_HUB_OFFLINE is set" in again[2]
+
+
+def test_parts_are_left_out_and_missing_parts_named(hub, tmp_path):
+    _, address, _ = hub
+    (tmp_path / "c.yaml").write_text("data: {tasks: [rte]}\nmodel: {name: tiny/safe}\n")
+    prepare = ["prepare", "--config", "c.yaml", "--to"]
+    safe, words, bare, nowhere, built_in = drive(
+        address,
+        tmp_path,
+        [*prepare, "safe", "--no-data"],
+        [*prepare, "words", "--tokenizer-only"],
+        [*prepare, "bare", "--no-data", "model.name=tiny/bare"],
+        [*prepare, "nowhere", "--no-data", "model.name=tiny/none"],
+        [*prepare, "built_in", "--no-data", "model.name=t5-v1_1-small"],
+    )
+    assert safe[0] == words[0] == built_in[0] == 0, (safe, words, built_in)
+    files = {path.name for path in (tmp_path / "safe" / "tiny/safe").iterdir()}
+    assert {"model.safetensors", "config.json"} <= files and "pytorch_model.bin" not in files
+    assert "model.name=safe/tiny/safe" in safe[1] and "data.root" not in safe[1]
+    assert not list((tmp_path / "words").rglob("*.safetensors")) and not list(
+        (tmp_path / "words").rglob("*.parquet")
+    )
+    assert "model.tokenizer=words/tiny/safe" in words[1]
+    assert bare[0] == 2 and "hub model tiny/bare has no tokenizer" in bare[2]
+    assert nowhere[0] == 2 and "there is no hub model 'tiny/none'" in nowhere[2]
+    assert not list((tmp_path / "built_in").rglob("*.safetensors"))
 
 
 def test_rows_come_from_the_hub_itself_and_then_from_its_cache(hub, tmp_path):

@@ -26,6 +26,7 @@ def tasks(settings: DataSettings) -> list[Task]:
             labels=("1", "2"),
             repo="allenai/art",
             configs=("anli", "default", "data", ""),
+            revision="a111127b9e8f020d9342a2fde5d25f51795be2ea",
             sizes=TABLE_12["art"],
         ),
         Task(

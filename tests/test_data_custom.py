@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from hdscale.data.settings import DataSettings
 from hdscale.data.sources import check_splits, load_examples, split_size
 from hdscale.data.tasks import SPLITS, expand_tasks, get_task
 from hdscale.errors import UserError
+from hdscale.settings import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "configs" / "examples"
@@ -250,3 +252,17 @@ def test_missing_files_and_repeated_ids(tmp_path):
         load_examples(task, "train", DataSettings())
     with pytest.raises(UserError, match="has no test split; it has: train"):
         load_examples(task, "test", DataSettings())
+
+
+def test_a_declaration_survives_a_resolved_configuration(tmp_path):
+    config = load_config(EXAMPLES / "classification.yaml", ["data.custom.reviews.metrics=[accuracy]"])
+    flat = flatten(asdict(config))
+    assert flat["data.custom.reviews.labels.0"] == "negative"
+    assert flat["data.custom.reviews.metrics"] == ["accuracy"]
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(asdict(config)))
+    assert load_config(tmp_path / "resolved.yaml") == config
+    (tmp_path / "inline.yaml").write_text(
+        yaml.safe_dump({"data": {"tasks": ["rte", {**LABEL, "files": {"train": "a.csv"}}]}})
+    )
+    inline = load_config(tmp_path / "inline.yaml").data
+    assert [task.name for task in expand_tasks(inline.tasks, inline)] == ["rte", "mine"]

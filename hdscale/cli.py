@@ -12,9 +12,13 @@ from hdscale.errors import EXIT_USER_ERROR, UserError, report
 VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("hdscale.data.prepare", "fetch data, tokenizer and weights into a folder for offline machines"),
     "train": ("hdscale.train", "train, evaluate and test a model (one process, or a rank under SLURM)"),
+    "evaluate": ("hdscale.evaluation.evaluate_cli", "evaluate a run, an export or any seq2seq or extractive-QA checkpoint"),
+    "predict": ("hdscale.evaluation.predict", "predict for JSON lines: any task, or free text"),
     "params": ("hdscale.modeling.params", "count parameters by part, and the trainable share"),
     "convert": ("hdscale.modeling.convert", "read the released implementation's checkpoint"),
     "launch": ("hdscale.cluster.launch", "submit a run or a sweep to SLURM; status, logs, cancel"),
+    "plan": ("hdscale.study.plan", "memory, time and communication of a run, before it costs anything"),
+    "study": ("hdscale.study.cli", "run a scaling study, resume it, report it"),
     "doctor": ("hdscale.ops.doctor", "say which backends work here and build the C++/CUDA operator"),
     "bench": ("hdscale.bench.cli", "measure speed and memory"),
 }

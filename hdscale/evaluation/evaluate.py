@@ -193,10 +193,12 @@ def evaluate_rows(
     should_stop: Callable[[], bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
     lockstep: bool = False,
+    decoder: Any = None,
 ) -> SplitResult:
     """`evaluate_split` on rows that are at hand: a `TokenizedSplit` (`source_lengths`, `row(i)`), one row for each example.
 
     Examples with a `group` are chunks of a question (MRQA): their answers become the question's before they are scored.
+    `decoder` stands in for the one that generates (an extractive model's).
     """
     ranks = ranks or SingleProcess()
     folder = Path(folder)
@@ -209,7 +211,7 @@ def evaluate_rows(
     if not len(examples):
         raise UserError(f"task {task.name}: its {split} split has no rows")
     lockstep = lockstep and ranks.world_size > 1
-    decoder = Decoder(model, tokenizer, decoding, scored=chunked, task_id=task_id, lockstep=lockstep)
+    decoder = decoder or Decoder(model, tokenizer, decoding, scored=chunked, task_id=task_id, lockstep=lockstep)
     lengths = rows.source_lengths[: len(examples)]
     name = f"{task.name}.{split}"
     batch_size = stored_batch_size(settings, folder, name, decoder, rows, lengths, ranks)

@@ -16,22 +16,28 @@ from hdscale.errors import UserError
 from hdscale.evaluation.decode import atomic_writer
 
 
-def best_answer(chunks: Sequence[Mapping[str, Any]], mean: bool = False) -> str:
-    """The likeliest non-empty prediction among a question's chunks, or the empty string.
+def best_chunk(chunks: Sequence[Mapping[str, Any]], mean: bool = False) -> int | None:
+    """Which of a question's chunks has the likeliest non-empty prediction; None if all are empty.
 
     Args:
-        chunks: records with `prediction`, `score` (summed log-likelihood) and `tokens` (how many were summed), in chunk order.
+        chunks: records with `prediction`, `score` (summed log-likelihood) and `tokens` (how many were
+            summed), in chunk order.
         mean: rank by the score per token instead; it favours longer answers.
 
     Among equal scores the earlier chunk wins.
     """
-    best, best_score = "", float("-inf")
-    for chunk in chunks:
-        text = chunk["prediction"].strip()
+    best, best_score = None, float("-inf")
+    for number, chunk in enumerate(chunks):
         score = chunk["score"] / max(chunk["tokens"], 1) if mean else chunk["score"]
-        if text and (not best or score > best_score):
-            best, best_score = text, score
+        if chunk["prediction"].strip() and (best is None or score > best_score):
+            best, best_score = number, score
     return best
+
+
+def best_answer(chunks: Sequence[Mapping[str, Any]], mean: bool = False) -> str:
+    """The likeliest non-empty prediction among a question's chunks, or the empty string."""
+    best = best_chunk(chunks, mean)
+    return "" if best is None else chunks[best]["prediction"].strip()
 
 
 UNANSWERED = "\0"

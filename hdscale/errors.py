@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable
 
 EXIT_DONE = 0
+EXIT_BROKEN = 1
+"""Something broke that is nobody's mistake: a batch job starts again."""
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 """Pre-empted, checkpointed: run the same command again."""

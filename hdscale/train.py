@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from hdscale.cluster.environment import read_environment, set_interface
+from hdscale.cluster.rendezvous import RendezvousError
 from hdscale.config import Config, load_config, model_config, to_dict
 from hdscale.data.batches import Row, collate
 from hdscale.data.micro_batches import deal
@@ -39,7 +40,7 @@ from hdscale.engine.distributed import Ranks
 from hdscale.engine.preemption import Preemption
 from hdscale.engine.progress import RunLog
 from hdscale.engine.run_folder import RunFolder
-from hdscale.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, report
+from hdscale.errors import EXIT_BROKEN, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, report
 from hdscale.evaluation.averages import check_select, task_score
 from hdscale.evaluation.decode import EvaluationStopped
 from hdscale.evaluation.evaluate import Evaluation, evaluate_tasks
@@ -353,6 +354,10 @@ def run(args: argparse.Namespace) -> int:
     except UserError as error:
         report(error, show=rank == 0)
         return EXIT_USER_ERROR
+    except RendezvousError as error:
+        # each rank has its own view of who is missing; not a mistake of the user's, so a job tries again
+        print(f"hdscale: {error}", file=sys.stderr, flush=True)
+        return EXIT_BROKEN
     finally:
         if ranks is not None:
             ranks.close()

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from hdscale.cli import main
+from hdscale.cluster.executors import minutes
 from hdscale.cluster.records import launch_folder, read_launch, read_state
 from hdscale.config import load_config, model_config
 from hdscale.engine.checkpoint import find_fault
@@ -93,7 +94,7 @@ def settings(place: Path) -> list[str]:
         f"train.max_steps={STEPS}",
         "train.warmup_steps=5",
         "train.global_batch_size=16",
-        "train.checkpoint_every=10",
+        "train.checkpoint_every=5",
         "train.log_every=1",
         "eval.every=20",
         "eval.limit=8",
@@ -206,20 +207,26 @@ class Cluster:
         [pid] = processes_of(job, rank=1)
         os.kill(pid, signal.SIGKILL)
 
-    def reach_the_time_limit(self, job: str) -> int:
-        """The ranks stand still until SLURM, which looks at limits every half minute, has signalled them."""
+    def reach_the_time_limit(self, job: str) -> str:
+        """The limit comes near: a minute is left, of which the last half is for saving (`--signal=USR2@30`).
+
+        The ranks stand still until SLURM, which looks at limits every half minute, has signalled them. For what comes
+        after the requeue the limit is as before.
+        """
         pids = [pid for rank in (0, 1) for pid in processes_of(job, rank)]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
+        elapsed = minutes(self.slurm.field(job, "RunTime"))
+        assert self.slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={elapsed + 1}").returncode == 0
         usr2 = 1 << (signal.SIGUSR2 - 1)
         try:
-            wait_until(
-                lambda: all(pending_signals(pid) & usr2 for pid in pids), 120, "no signal before the limit"
-            )
+            wait_until(lambda: all(pending_signals(pid) & usr2 for pid in pids), 120, "no signal before the limit")
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
-        return len(pids)
+        wait_until(lambda: self.slurm.field(job, "JobState") == "PENDING", 60, "not requeued")
+        assert self.slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30").returncode == 0
+        return f"{len(pids)} ranks signalled"
 
     def pre_empt(self, job: str) -> str:
         """A job of the higher partition takes the same nodes for a moment."""
@@ -288,7 +295,7 @@ def drills(
         "requeue": cluster.start("requeue", cluster.requeue, beside),
         "kill": cluster.start("kill", cluster.kill_a_rank, beside),
         "limit": cluster.start(
-            "limit", cluster.reach_the_time_limit, [*beside, "--time=2", "--signal=USR2@60"]
+            "limit", cluster.reach_the_time_limit, [*beside, "--signal=USR2@30"]
         ),
         "pre-emption": cluster.start("pre-emption", cluster.pre_empt, apart),
         "shrink": cluster.start("shrink", cluster.shrink, beside),
@@ -342,7 +349,7 @@ def test_a_job_goes_on_with_another_number_of_nodes(
     ours, theirs = rows(outcome.folder), rows(local.folder)
     for key in ("step", "samples", "tokens", "target_tokens"):  # the same rows in the same order
         assert [row[key] for row in ours] == [row[key] for row in theirs]
-    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=0.05)
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=0.15)
 
 
 def test_a_cancelled_job_does_not_come_back(
@@ -381,7 +388,8 @@ def test_a_job_without_progress_gives_up(
     state = read_state(launch_folder(place / "runs", "stalled"), 0)
     assert (state.outcome, state.starts, state.stalled) == ("stalled", 2, 2)
     assert "given up after 2 ends without a newer checkpoint" in state.reason
-    assert "RendezvousError" in outcome.log and "192.0.2.1" in outcome.log
+    assert "rank 1 on" in outcome.log and "does not reach rank 0 at 192.0.2.1" in outcome.log
+    assert "Traceback" not in outcome.log
 
 
 def test_a_mistake_that_a_rank_finds_is_not_repeated(

@@ -19,6 +19,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from hdscale.cluster.checks import check_script, check_slurm, has_slurm
 from hdscale.cluster.executors import (
     build_executor,
+    check_settings,
     package_root,
     ranks_per_node,
     script_text,
@@ -82,17 +83,17 @@ def run(args: argparse.Namespace) -> int:
     if not args.config:
         raise UserError("nothing to launch: name a configuration with --config FILE, or --status NAME")
     config, runs = plan_runs(args.config, args.overrides, args.sweep)
+    check_settings(config.cluster)
+    if config.cluster.executor == "slurm" and (has_slurm() or not args.dry_run):
+        check_slurm(config.cluster)
+    check_runs([one for one, _ in runs])
     return launch(config, runs, args.fresh, args.dry_run)
 
 
 def plan_runs(
     path: str, overrides: list[str], sweep: list[str]
 ) -> tuple[Config, list[tuple[Config, list[str]]]]:
-    """(the launch's own configuration, [(configuration, swept settings) of each run]), all of them checked.
-
-    Raises:
-        UserError: for whatever `hdscale train` would refuse on a compute node, as far as it can be known here.
-    """
+    """(the launch's own configuration, [(configuration, swept settings) of each run])."""
     config = load_config(path, overrides)
     if config.run.name == LAUNCHES:
         raise UserError(
@@ -107,12 +108,15 @@ def plan_runs(
             (load_config(path, [*overrides, *swept, shared, f"run.name={name}"]), swept)
             for name, swept in expand(sweep)
         ]
-    check_runs([one for one, _ in runs])
     return config, runs
 
 
 def check_runs(configs: list[Config]) -> None:
-    """What `hdscale train` checks first, and every model built without memory (meta device)."""
+    """What `hdscale train` checks first, and every model built without memory (meta device).
+
+    Raises:
+        UserError: for whatever a compute node would refuse, as far as it can be known here.
+    """
     from hdscale.data.sources import check_splits
     from hdscale.modeling import build_model
     from hdscale.train import check
@@ -137,8 +141,7 @@ def launch(config: Config, runs: list[tuple[Config, list[str]]], fresh: bool, dr
     script = ""
     if cluster.executor == "slurm":
         script = script_text(executor, len(runs))
-        if has_slurm() or not dry_run:
-            check_slurm(cluster)
+        if has_slurm():
             check_script(script)
     if dry_run:
         print(script or f"{len(runs)} runs with the {cluster.executor} executor; it needs no script")

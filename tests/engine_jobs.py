@@ -266,3 +266,62 @@ def orphaned(ranks: Ranks, launcher: str) -> bool:
     preemption._parent = -1
     time.sleep(0)
     return preemption.agreed()
+
+
+def adapted_model(
+    ranks: Ranks, base: str, folder: str, methods: list[dict[str, Any]], variants: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A real hyperdecoder (or another method) on a tiny T5: three steps, a checkpoint, decoding, and one step more.
+
+    Rank 0 decodes one batch and rank 1 two, of different lengths.
+    """
+    from hdscale.modeling import HyperdecoderConfig, build_model
+    from hdscale.modeling.settings import MethodSettings, ModelSettings
+
+    results = []
+    for method in methods:
+        config = HyperdecoderConfig.from_dict({"model": {"name": base}, "method": method, "tasks": ["a", "b"]})
+        assert isinstance(config.model, ModelSettings) and isinstance(config.method, MethodSettings)
+        for variant in variants:
+            run = settings(warmup_steps=0, learning_rate=1e-2, **variant)
+            dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
+            model = build_model(config, dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
+            engine = build_engine(model, run, ranks)
+            place = Path(folder) / f"{len(results)}"
+            done = [engine.train_step(text_batches(step, ranks)) for step in range(3)]
+            save_checkpoint(engine, place, {})
+            with engine.evaluating() as evaluated:
+                for step in range(1 + ranks.rank):
+                    batch = text_batches(10 + step, ranks)[0]
+                    batch.pop("labels")
+                    decoded = evaluated.generate(**batch, max_new_tokens=3 + 2 * step)
+            more = engine.train_step(text_batches(3, ranks))
+            load_newest_checkpoint(engine, place, Recorder())
+            again = engine.train_step(text_batches(3, ranks))
+            results.append(
+                {
+                    "losses": [result.loss for result in (*done, more)],
+                    "again": again.loss,
+                    "decoded": decoded.shape[0],
+                    "masters": dict(engine.trainable_tensors()),
+                }
+            )
+            engine.close()
+    return results
+
+
+def text_batches(step: int, ranks: Ranks) -> list[dict[str, torch.Tensor]]:
+    """Two micro-batches of two rows for each of two ranks: random ids, lengths that differ by rank and micro-batch."""
+    batches = []
+    for index in range(2):
+        generator = torch.Generator().manual_seed(100 * step + 10 * index + ranks.rank)
+        source, target = 4 + index + ranks.rank, 2 + index
+        batches.append(
+            {
+                "input_ids": torch.randint(2, 64, (2, source), generator=generator),
+                "attention_mask": torch.ones(2, source, dtype=torch.int64),
+                "labels": torch.randint(2, 64, (2, target), generator=generator),
+                "task_ids": torch.tensor([0, 1]),
+            }
+        )
+    return batches

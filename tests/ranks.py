@@ -16,6 +16,7 @@ a module's variables reaches the next one.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -134,6 +135,8 @@ def work(
     pipe: Connection, repository: str, target: str, kwargs: dict[str, Any], rank: int, world_size: int, port: int
 ) -> None:
     """One rank of one job: join the process group, run, answer."""
+    # DeepSpeed collects garbage explicitly, and the server's imports are a million objects that are none
+    gc.freeze()
     if repository not in sys.path:
         sys.path.insert(0, repository)
     from hdscale.cluster.environment import Launch

@@ -99,6 +99,7 @@ def masters_to_weights(engine: Any, parameters: Iterable[nn.Parameter]) -> None:
         master = full_master(parameter)
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(master)
+    gather_persistent(engine)
 
 
 @contextlib.contextmanager
@@ -123,3 +124,11 @@ def whole_weights(engine: Any) -> Iterator[None]:
             yield
         finally:
             offload._register_deepspeed_module(offload.module)
+    gather_persistent(engine)
+
+
+def gather_persistent(engine: Any) -> None:
+    """Bring back the small weights that ZeRO-3 keeps whole: leaving `GatheredParameters` has partitioned them."""
+    persistent = engine.optimizer.persistent_parameters
+    if persistent:
+        persistent[0].all_gather(persistent)

@@ -225,6 +225,7 @@ def test_lists_of_gold_answers(tmp_path):
         ("a.jsonl", b'{"text": "x", "label": "no"}\n\xff\xfe\n', "not UTF-8"),
         ("a.jsonl", b'{"text": "x", "label": "maybe"}\n', "line 1: label 'maybe' .*no, yes"),
         ("a.jsonl", b'{"text": " ", "label": "no"}\n', "line 1: column 'text' .* empty"),
+        ("a.jsonl", b'{"text": "\\ud83d", "label": "no"}\n', "line 1: .*ud83d is half a character"),
         ("a.jsonl", b"", "no rows"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x", "label": "no"}\n' * 99)[:-12], "damaged or cut off"),
         ("a.jsonl.gz", b"no gzip", "damaged or cut off after line 0"),

@@ -164,12 +164,34 @@ def test_processes_share_one_build(task, settings, tmp_path):
     assert len([path for path in (tmp_path / "cache" / "tokenized").iterdir() if path.is_dir()]) == 1
 
 
-def test_without_file_locks_the_first_rename_wins(task, settings, bytes_tokenizer, monkeypatch):
-    def no_locks(self, *_, **__):
-        raise NotImplementedError("no locks here")
+def no_locks(self, *_, **__):
+    raise NotImplementedError("no locks here")
 
+
+def test_without_file_locks_the_first_rename_wins(task, settings, bytes_tokenizer, monkeypatch):
     monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    write, seen = tokenize.write, []
+
+    def slow_write(folder, *arguments):
+        write(folder, *arguments)
+        if not seen:  # while one process writes, another one comes, and is done first
+            seen.append(folder)
+            seen.append(tokenized_split(task, "train", bytes_tokenizer, settings))
+            assert folder.is_dir()
+
+    monkeypatch.setattr(tokenize, "write", slow_write)
+    rows = tokenized_split(task, "train", bytes_tokenizer, settings)
+    assert len(rows) == 3 and not seen[0].exists()
+    assert [rows.row(index) for index in range(3)] == [seen[1].row(index) for index in range(3)]
+
+
+def test_leftovers_of_a_killed_build_are_removed(task, settings, bytes_tokenizer):
+    folder = tokenized_split(task, "train", bytes_tokenizer, settings).folder
+    os.truncate(folder / "ids.bin", 1)
+    leftover = folder.parent / f".{folder.name}.abc"
+    leftover.mkdir()
     assert len(tokenized_split(task, "train", bytes_tokenizer, settings)) == 3
+    assert not leftover.exists()
 
 
 def test_no_tokenizer(tmp_path):

@@ -150,7 +150,21 @@ def iter_rows(path: Path, task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]
                 )
             yield f"{path}: line {number}", dict(zip(header, cells, strict=True))
     else:
-        yield from ((f"{path}: line {number}", row) for number, row in json_rows(path))
+        for number, row in json_rows(path):
+            where = f"{path}: line {number}"
+            check_unicode(row, where)
+            yield where, row
+
+
+def check_unicode(row: Mapping[str, Any], where: str) -> None:
+    """Raise on half a surrogate pair, which JSON can state, but no tokenizer can read."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UserError(
+            f"{where}: {half} is half a character (a lone surrogate); mend or remove the row"
+        ) from error
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:

@@ -174,14 +174,13 @@ def tokenized_split(task: Task, split: str, tokenizer: Any, settings: DataSettin
     with contextlib.suppress(ValueError):
         return TokenizedSplit(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_name(f"{folder.name}.lock")):
+    with locked(folder.with_name(f"{folder.name}.lock")) as alone:
         try:
             return TokenizedSplit(folder)
         except ValueError:
             if folder.exists():
                 log.warning("the tokenised data in %s are incomplete; building them again", folder)
-        build(folder, task, split, tokenizer, settings)
-    return TokenizedSplit(folder)
+        return build(folder, task, split, tokenizer, settings, alone)
 
 
 def cache_key(task: Task, split: str, tokenizer: Any, settings: DataSettings) -> str:
@@ -202,9 +201,12 @@ def cache_key(task: Task, split: str, tokenizer: Any, settings: DataSettings) ->
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on `path` that the system frees when its holder dies. On a file system without locks the
-    body just runs: several processes may then build the same entry, and the first rename wins."""
+def locked(path: Path) -> Iterator[bool]:
+    """Hold a lock on `path` that the system frees when its holder dies; gives whether it is held.
+
+    On a file system without locks the body just runs: several processes may then build the same entry, each
+    in a folder of its own, and the first rename wins.
+    """
     from filelock import FileLock
 
     lock = FileLock(path)
@@ -212,35 +214,43 @@ def locked(path: Path) -> Iterator[None]:
         lock.acquire()
     except (NotImplementedError, OSError) as error:
         log.warning("no file lock at %s (%s); going on without", path, error)
-        yield
+        yield False
         return
     try:
-        yield
+        yield True
     finally:
         lock.release()
 
 
-def build(folder: Path, task: Task, split: str, tokenizer: Any, settings: DataSettings) -> None:
-    """Tokenise a split into `folder`, by way of a temporary one beside it."""
+def build(
+    folder: Path, task: Task, split: str, tokenizer: Any, settings: DataSettings, alone: bool
+) -> TokenizedSplit:
+    """Tokenise a split into `folder`, by way of a temporary one beside it.
+
+    Args:
+        alone: no other process builds this entry now, so that temporary folders are those of killed ones.
+    """
     log.info("tokenising %s %s", task.name, split)
-    for leftover in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a build that was killed
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    if alone:
+        for leftover in folder.parent.glob(f".{folder.name}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
     try:
-        write(made, task, split, load_split(task, split, settings, tokenizer), tokenizer, settings)
-        made.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(made, folder)
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            write(made, task, split, load_split(task, split, settings, tokenizer), tokenizer, settings)
+            made.chmod(0o755)
+            with contextlib.suppress(ValueError):
+                return TokenizedSplit(folder)  # without locks another process may have been faster
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(made, folder)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
-        if (folder / META).is_file():  # without a lock another process may have been first
-            return
         raise UserError(
             f"tokenised data cannot be written to {folder.parent} ({error.strerror or error}); free some "
             "space, or set data.cache"
         ) from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    return TokenizedSplit(folder)
 
 
 def write(

@@ -42,16 +42,22 @@ def availability(backend: str) -> Availability:
     try:
         kernels = load_kernels(backend)
     except BuildError as error:
-        logger.warning("generated adapters run in plain PyTorch: the %s kernels could not be built: %s", backend, error)
+        logger.warning(
+            "generated adapters run in plain PyTorch: the %s kernels could not be built: %s", backend, error
+        )
         return Availability(False, str(error))
     if backend == "cuda":
         try:
             errors = _first_use_errors()
         except RuntimeError as error:
-            logger.warning("generated adapters run in plain PyTorch: the CUDA kernels failed their check: %s", error)
+            logger.warning(
+                "generated adapters run in plain PyTorch: the CUDA kernels failed their check: %s", error
+            )
             return Availability(False, f"the kernels failed on this GPU: {error}")
         if not max(errors.values()) <= 2 * TOLERANCE[torch.bfloat16]:
-            logger.warning("generated adapters run in plain PyTorch: the CUDA kernels failed their check: %s", errors)
+            logger.warning(
+                "generated adapters run in plain PyTorch: the CUDA kernels failed their check: %s", errors
+            )
             return Availability(False, f"the kernels' results on this GPU are wrong: {errors}")
     logger.info("generated adapters: backend %s (%s)", backend, kernels.description)
     return Availability(True, kernels.description, kernels.seconds)

@@ -86,13 +86,19 @@ def build_kernels(backend: str, force: bool = False) -> Path:
         with _lock(target.with_suffix(".lock")):
             if _whole(target) and not force:  # built while we waited
                 return target
-            for stale in target.parent.glob(f"{target.name}.tmp*"):  # we hold the lock: whoever made it is dead
+            for stale in target.parent.glob(
+                f"{target.name}.tmp*"
+            ):  # we hold the lock: whoever made it is dead
                 shutil.rmtree(stale, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp", dir=target.parent))
             try:
                 started = time.time()
                 _compile(backend, folder, compiler)
-                record = {"seconds": round(time.time() - started, 1), "torch": torch.__version__, "compiler": compiler}
+                record = {
+                    "seconds": round(time.time() - started, 1),
+                    "torch": torch.__version__,
+                    "compiler": compiler,
+                }
                 (folder / "build.json").write_text(json.dumps(record))
                 shutil.rmtree(target, ignore_errors=True)
                 folder.rename(target)
@@ -110,7 +116,9 @@ def find_built(backend: str) -> dict[str, str | float] | None:
         BuildError: no compiler.
     """
     folder = cache_folder() / f"{backend}-{_fingerprint(backend, _compiler(backend))}"
-    return json.loads((folder / "build.json").read_text()) | {"folder": str(folder)} if _whole(folder) else None
+    return (
+        json.loads((folder / "build.json").read_text()) | {"folder": str(folder)} if _whole(folder) else None
+    )
 
 
 def load_kernels(backend: str) -> LoadedKernels:
@@ -132,7 +140,9 @@ def load_kernels(backend: str) -> LoadedKernels:
         detail = name().decode()
     else:
         detail = "sm_" + ", sm_".join(arch.replace(".", "") for arch in cuda_architectures())
-    return LoadedKernels(library, f"{detail}, built in {record['seconds']:.0f} s by {record['compiler']}", record["seconds"])
+    return LoadedKernels(
+        library, f"{detail}, built in {record['seconds']:.0f} s by {record['compiler']}", record["seconds"]
+    )
 
 
 def _library_name(backend: str) -> str:
@@ -156,7 +166,9 @@ def _compiler(backend: str) -> str:
     """The compiler's version line. Raises BuildError if there is none."""
     command = _nvcc() if backend == "cuda" else os.environ.get("CXX", "c++")
     try:
-        lines = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()
+        lines = subprocess.run(
+            [command, "--version"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"no compiler: {command} --version fails; install one or set CXX") from error
     return next((line for line in lines if "release" in line), lines[0]).strip()
@@ -209,7 +221,15 @@ def _compile_cuda(sources: list[str], folder: Path) -> None:
     # and the stable ABI needs none of them
     from torch.utils.cpp_extension import include_paths
 
-    command = [_nvcc(), *FLAGS["cuda"], "-shared", "-Xcompiler", "-fPIC", "-o", str(folder / _library_name("cuda"))]
+    command = [
+        _nvcc(),
+        *FLAGS["cuda"],
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        "-o",
+        str(folder / _library_name("cuda")),
+    ]
     for architecture in cuda_architectures():
         number = architecture.removesuffix("+PTX").replace(".", "")
         command.append(f"-gencode=arch=compute_{number},code=sm_{number}")

@@ -9,7 +9,14 @@ import platform
 import torch
 
 from hdscale.ops.backend import availability
-from hdscale.ops.build import BuildError, build_kernels, cache_folder, cuda_architectures, find_built, forced_cuda
+from hdscale.ops.build import (
+    BuildError,
+    build_kernels,
+    cache_folder,
+    cuda_architectures,
+    find_built,
+    forced_cuda,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +71,10 @@ def examine(backend: str, build: bool, rebuild: bool = False) -> dict:
         detail = f"built for {' '.join(cuda_architectures())}, for machines with a GPU; no CUDA device is visible here"
         return {"state": "built", "detail": detail} | built
     if built is None:
-        return {"state": "buildable", "detail": "not built yet: built at first use, or by hdscale doctor --build"}
+        return {
+            "state": "buildable",
+            "detail": "not built yet: built at first use, or by hdscale doctor --build",
+        }
     found = availability(backend)
     if not found.usable:
         return {"state": "unusable", "detail": found.reason, "error": found.reason}

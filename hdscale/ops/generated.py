@@ -25,7 +25,9 @@ class SharedHeads(NamedTuple):
     tokens: list[Tensor]  # carry this layer's part of the heads' gradient; see hdscale/ops/operator.py
 
 
-def generated_adapter(x: Tensor, code: Tensor, heads: AdapterHeads | SharedHeads, backend: str = "auto") -> Tensor:
+def generated_adapter(
+    x: Tensor, code: Tensor, heads: AdapterHeads | SharedHeads, backend: str = "auto"
+) -> Tensor:
     """Generate one layer's adapters for B instances and apply them (Eq. 3-7).
 
     Args:
@@ -94,12 +96,19 @@ def share_heads(
     # the layers compute with the values alone: the gradient of codes and heads arrives through the tokens
     fixed = AdapterHeads(*(tensor.detach() for tensor in heads))
     return [
-        (layer_code, SharedHeads(fixed, hidden_bias[layer], out_bias[layer], tokens[layer * step : (layer + 1) * step]))
+        (
+            layer_code,
+            SharedHeads(
+                fixed, hidden_bias[layer], out_bias[layer], tokens[layer * step : (layer + 1) * step]
+            ),
+        )
         for layer, layer_code in enumerate(code.detach().unbind())
     ]
 
 
-def _autocast(x: Tensor | None, code: Tensor, heads: AdapterHeads) -> tuple[Tensor | None, Tensor, AdapterHeads]:
+def _autocast(
+    x: Tensor | None, code: Tensor, heads: AdapterHeads
+) -> tuple[Tensor | None, Tensor, AdapterHeads]:
     """Under autocast, everything in its dtype: like a matrix product, and once for all layers in `share_heads`."""
     device = code.device.type
     if not torch.is_autocast_enabled(device):

@@ -22,7 +22,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hdscale.errors import UserError
 
 _WEIGHTS = "Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias"
 _LAYER = f"Tensor x, Tensor code, {_WEIGHTS}, Tensor hidden_bias, Tensor out_bias"
@@ -75,7 +74,11 @@ def _heads_backward(x, dz, hidden, dy, code, down_weight, up_weight):
         d_up = torch.bmm(hidden[layer].transpose(1, 2), dy[layer]).flatten(1)
         dcodes.append(d_down @ down_weight + d_up @ up_weight)
         parts = (d_down.t() @ code[layer], d_down.sum(0), d_up.t() @ code[layer], d_up.sum(0))
-        sums = [part.to(wide) for part in parts] if not sums else [s.add_(p) for s, p in zip(sums, parts, strict=True)]
+        sums = (
+            [part.to(wide) for part in parts]
+            if not sums
+            else [s.add_(p) for s, p in zip(sums, parts, strict=True)]
+        )
     return (torch.stack(dcodes), *(total.to(code.dtype) for total in sums))
 
 

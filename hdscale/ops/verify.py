@@ -121,7 +121,7 @@ def relative_errors(case: Case, backend: str, shared: bool = True) -> dict[str, 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
     """||out - expected|| / ||expected|| in double precision."""
-    difference, norm = float((out.double() - expected).norm()), float(expected.norm())
+    difference, norm = float((out.detach().double() - expected.detach()).norm()), float(expected.detach().norm())
     return difference / norm if norm else difference
 
 

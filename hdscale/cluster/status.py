@@ -25,6 +25,17 @@ from hdscale.cluster.records import (
 )
 from hdscale.errors import UserError
 
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+)
 OUTCOMES = {
     "again": "requeued",
     "left": "ended by SLURM",
@@ -51,12 +62,12 @@ def show_status(run_dir: str, name: str) -> int:
     """A table with a line a run; below it, the errors of those that failed."""
     folder = launch_folder(run_dir, name)
     record = read_launch(folder)
-    live = live_jobs(record)
+    known = known_jobs(record)
     table = Table("run", "job", "state", "step", "starts", box=None, pad_edge=False)
     errors = []
     for index, run in enumerate(record.runs):
         state = read_state(folder, index)
-        words = describe(record, index, run, state, live)
+        words = describe(record, index, run, state, known)
         step = newest_step(run.folder)
         table.add_row(
             run.name, record.job_of(index), words, "-" if step < 0 else str(step), str(state.starts or "-")
@@ -72,15 +83,13 @@ def show_status(run_dir: str, name: str) -> int:
     return 0
 
 
-def describe(record: LaunchRecord, index: int, run: RunEntry, state: RunState, live: dict[str, str]) -> str:
+def describe(record: LaunchRecord, index: int, run: RunEntry, state: RunState, known: dict[str, str]) -> str:
     """The state of a run in a word or two."""
-    job = record.job_of(index)
-    # before they start, the jobs of an array share one line of squeue
-    now = live.get(job) or live.get(record.job) or live.get(f"{record.job}_*")
-    if state.outcome in ("done", "failed", "stalled") and state.job in (job, record.job):
+    now = known.get(record.job_of(index), "").replace("_", " ").lower()
+    if state.outcome in ("done", "failed", "stalled"):
         return OUTCOMES[state.outcome]
-    if now:
-        return now.lower()
+    if now and now not in ("completed", "failed"):
+        return now
     if (Path(run.folder) / "results.json").exists():
         return "done"
     if state.outcome in OUTCOMES:
@@ -94,11 +103,23 @@ def describe(record: LaunchRecord, index: int, run: RunEntry, state: RunState, l
 
 def live_jobs(record: LaunchRecord) -> dict[str, str]:
     """{job id: state} of the record's jobs that have not ended."""
+    return {job: state for job, state in known_jobs(record).items() if state not in ENDED}
+
+
+def known_jobs(record: LaunchRecord) -> dict[str, str]:
+    """{job id: state} of the record's jobs that the controller has not forgotten (minutes after a job's end)."""
     if record.executor in ("slurm", "sbatch"):
-        if not shutil.which("squeue"):
+        if not shutil.which("squeue") or not record.job:
             return {}
         # --array: one line a job of an array, also where it has not started
-        command = ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={record.job}"]
+        command = [
+            "squeue",
+            "--noheader",
+            "--array",
+            "--states=all",
+            "--format=%i %T",
+            f"--jobs={record.job}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         return dict(
             line.split() for line in done.stdout.splitlines()

@@ -49,6 +49,10 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._reason is not None:
+            # on the way out: `srun --kill-on-bad-exit` sends SIGTERM to the ranks that leave a moment later than the
+            # first, and they should come to the same exit code
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

@@ -52,7 +52,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000
 ReturnToService=2
 JobRequeue=1
-KillWait=10
+KillWait=30
 CompleteWait=0
 OverTimeLimit=0
 PreemptType=preempt/partition_prio

@@ -48,6 +48,10 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size:
         config.eval.batch_size = args.batch_size
     tasks = tasks_of(args, config)
+    if choice.kind() == "extractive":
+        for task in tasks:
+            if task.reader != "hdscale.data.mrqa":
+                raise UserError(f"task {task.name}: an extractive checkpoint can only be evaluated on MRQA tasks")
     folder = Path(args.output or (Path(args.run_folder) / "evaluation" if args.run_folder else "evaluation"))
     make_folder(folder)
     ranks = start_ranks(config, choice)

@@ -26,7 +26,7 @@ class Window:
 
     id: str
     input_ids: list[int]
-    token_types: list[int] | None
+    token_types: list[int]
     offsets: list[tuple[int, int] | None]
     """Character range in the context of each token, None outside of it."""
     context: str
@@ -52,23 +52,22 @@ def windows_of(
     """The windows of a split's questions, and one example for each of them (its question is the example's `group`).
 
     Raises:
-        UserError: the task is none of MRQA's, or the tokenizer knows no offsets.
+        UserError: the tokenizer knows no offsets.
     """
-    if task.reader != "hdscale.data.mrqa":
-        raise UserError(f"task {task.name}: an extractive checkpoint can only be evaluated on MRQA tasks")
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} does not map tokens to characters; use a model with a fast tokenizer")
     length = min(data.max_source_length, tokenizer.model_max_length)
     windows, examples = [], []
     for question in questions(task, split, data, limit):
         encoded = tokenizer(
-            question.question,
+            shortened(question.question, tokenizer, length // 2),
             question.context,
             truncation="only_second" if question.context else "longest_first",
             max_length=length,
             stride=min(data.chunk_overlap, length // 4),
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
+            return_token_type_ids=True,
             verbose=False,
         )
         for number, ids in enumerate(encoded["input_ids"]):
@@ -77,11 +76,16 @@ def windows_of(
                 tuple(place) if part == 1 else None
                 for part, place in zip(parts, encoded["offset_mapping"][number], strict=True)
             ]
-            types = encoded["token_type_ids"][number] if "token_type_ids" in encoded else None
             id = f"{question.id}#{number}"
-            windows.append(Window(id, ids, types, offsets, question.context))
+            windows.append(Window(id, ids, encoded["token_type_ids"][number], offsets, question.context))
             examples.append(Example(question.source, question.target, task.name, id, question.references, question.id))
     return Windows(windows), examples
+
+
+def shortened(text: str, tokenizer: Any, most: int) -> str:
+    """The beginning of a question that would leave less than half of the window to the context."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return text if len(offsets) <= most else text[: offsets[most - 1][1]]
 
 
 class SpanDecoder:
@@ -97,7 +101,7 @@ class SpanDecoder:
     def __call__(self, rows: Sequence[Window], numbers: Sequence[int]) -> list[Prediction]:
         input_ids, attention_mask = pad([row.input_ids for row in rows], self.tokenizer.pad_token_id, self.model.device)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if rows[0].token_types is not None:
+        if getattr(self.model.config, "type_vocab_size", 0) > 1:  # BERT's segments; RoBERTa and DistilBERT have none
             inputs["token_type_ids"] = pad([row.token_types for row in rows], 0, self.model.device)[0]
         found = self.model(**inputs)
         starts, ends = found.start_logits.float().cpu().numpy(), found.end_logits.float().cpu().numpy()

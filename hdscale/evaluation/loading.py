@@ -62,6 +62,29 @@ class Choice:
         """The run's configuration, or the default one, with `key=value` over it."""
         return load_config(Path(self.run) / "config.yaml" if self.run is not None else None, overrides)
 
+    def kind(self) -> str:
+        """`run`, `export`, `seq2seq` or `extractive`, from configuration files alone.
+
+        Raises:
+            UserError: the checkpoint cannot be read, or is none of these.
+        """
+        if self.run is not None:
+            return "run"
+        name = str(self.model)
+        if (Path(name) / ADAPTER_CONFIG).is_file():
+            return "export"
+        from transformers import AutoConfig
+
+        try:
+            described = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise unreadable(name, error) from error
+        if any(one.endswith("ForQuestionAnswering") for one in described.architectures or []):
+            return "extractive"
+        if not described.is_encoder_decoder:
+            raise UserError(f"--model {name}: a {described.model_type} model is neither sequence-to-sequence nor extractive QA")
+        return "seq2seq"
+
     @property
     def torch_device(self) -> torch.device:
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -75,18 +98,12 @@ class Choice:
         self.check()
         device = self.torch_device
         dtype = DTYPES[self.dtype or (config.train.dtype if self.run else "bf16" if device.type == "cuda" else "fp32")]
-        if self.run is not None:
+        kind = self.kind()
+        if kind == "run":
             return self._load_run(config, dtype, device)
-        folder = Path(str(self.model))
-        if (folder / ADAPTER_CONFIG).is_file():
-            from hdscale.modeling.base import tokenizer_name
-            from hdscale.modeling.export import from_pretrained
-
-            model = from_pretrained(folder, dtype, device).eval()
-            name = self.tokenizer or tokenizer_name(model.config.model)
-            tokenizer = load_tokenizer(name, None if self.tokenizer else model.config.model.revision)
-            return Loaded(model, tokenizer, ids_of(model.config.tasks), version_of(folder))
-        return self._load_checkpoint(dtype, device)
+        if kind == "export":
+            return self._load_export(dtype, device)
+        return self._load_checkpoint(kind == "extractive", dtype, device)
 
     def _load_run(self, config: Config, dtype: torch.dtype, device: torch.device) -> Loaded:
         """A run's exported trainables on the base that it was trained on (a random base is that of the run's seed)."""
@@ -102,24 +119,37 @@ class Choice:
         load_trainables(model, folder)
         return Loaded(model.eval(), tokenizer, ids_of(described.tasks), version_of(folder))
 
-    def _load_checkpoint(self, dtype: torch.dtype, device: torch.device) -> Loaded:
+    def _load_export(self, dtype: torch.dtype, device: torch.device) -> Loaded:
+        """Exported trainables on the base that they name."""
+        from hdscale.modeling.base import tokenizer_name
+        from hdscale.modeling.export import from_pretrained
+
+        folder = Path(str(self.model))
+        model = from_pretrained(folder, dtype, device).eval()
+        name = self.tokenizer or tokenizer_name(model.config.model)
+        tokenizer = load_tokenizer(name, None if self.tokenizer else model.config.model.revision)
+        return Loaded(model, tokenizer, ids_of(model.config.tasks), version_of(folder))
+
+    def _load_checkpoint(self, extractive: bool, dtype: torch.dtype, device: torch.device) -> Loaded:
         """A checkpoint of transformers: sequence to sequence, or one that marks answers in a context."""
-        from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM
+        from transformers import AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM
+
+        from hdscale.modeling.base import quiet_loading
 
         name = str(self.model)
+        tokenizer = load_tokenizer(self.tokenizer or name)
+        kind = AutoModelForQuestionAnswering if extractive else AutoModelForSeq2SeqLM
         try:
-            described = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            extractive = any(one.endswith("ForQuestionAnswering") for one in described.architectures or [])
-            if not extractive and not described.is_encoder_decoder:
-                raise UserError(f"--model {name}: a {described.model_type} model is neither sequence-to-sequence nor extractive QA")
-            tokenizer = load_tokenizer(self.tokenizer or name)
-            kind = AutoModelForQuestionAnswering if extractive else AutoModelForSeq2SeqLM
-            model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False).to(device).eval()
+            with quiet_loading():
+                model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False).to(device).eval()
         except (OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+            raise unreadable(name, error) from error
         return Loaded(model if extractive else Seq2Seq(model), tokenizer, {}, version_of(Path(name)), extractive)
+
+
+def unreadable(name: str, error: Exception) -> UserError:
+    """What is said of a checkpoint that transformers cannot read."""
+    return UserError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())[:200]})")
 
 
 class Seq2Seq(nn.Module):

@@ -77,6 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     choice = choice_of(args)
     choice.check()
+    if choice.kind() == "extractive":
+        raise UserError("predict generates text; an extractive checkpoint can be evaluated: hdscale evaluate --model ...")
     config = choice.config(args.overrides)
     find_task = functools.cache(lambda name: get_task(name, config.data))
     default = find_task(args.task) if args.task else None
@@ -97,8 +99,6 @@ def run(args: argparse.Namespace) -> int:
         # the first window is read before the model is: a file of the wrong kind costs nothing
         first = list(islice(requests, args.window))
         loaded = choice.load(config)
-        if loaded.extractive:
-            raise UserError("predict generates text; an extractive checkpoint can be evaluated: hdscale evaluate --model ...")
         predictor = Predictor(loaded, config, args.batch_size, scored=args.scores)
         written = 0
         with writing(args.output) as out, progress_bar(console, args.quiet) as advance:

@@ -45,6 +45,12 @@ TINY_SIZES = {
 """v1.1 in miniature with the packaged tokenizer, for trial studies: each size about four times the one before."""
 BUILT_IN = {**V1_1_SIZES, **V1_0_SIZES, **TINY_SIZES}
 VOCABULARY = 32128
+# hub ids whose architecture is known without asking the hub
+HUB_SIZES = {
+    **{f"google/t5-{size}-lm-adapt": f"t5-v1_1-{size}" for size in ("small", "base", "large", "xl", "xxl")},
+    **{f"google/t5-v1_1-{size}": f"t5-v1_1-{size}" for size in ("small", "base", "large", "xl", "xxl")},
+    **{f"google-t5/{size}": size for size in V1_0_SIZES},
+}
 TINY_VOCABULARY = 2048
 """Room for every token of the packaged tokenizer."""
 
@@ -96,6 +102,13 @@ def tokenizer_name(settings: ModelSettings) -> str:
     """Folder or hub id of the tokenizer: `model.tokenizer`, else the model's own; the tiny sizes have the packaged one."""
     name = settings.tokenizer or settings.name
     return resolve_name("quickstart" if name in TINY_SIZES else name)
+
+
+def architecture(settings: ModelSettings) -> PretrainedConfig:
+    """The base's configuration for counting and checking: as `base_config`, but known hub ids need no network."""
+    if settings.name in HUB_SIZES:
+        return built_in_config(HUB_SIZES[settings.name])
+    return base_config(settings)
 
 
 def base_config(settings: ModelSettings) -> PretrainedConfig:
@@ -158,7 +171,8 @@ def load_base(settings: ModelSettings, dtype: torch.dtype, device: str | torch.d
         raise UserError(
             f"model.activation_checkpointing={settings.activation_checkpointing}; known: none, encoder, decoder, all"
         )
-    config = base_config(settings)
+    meta = torch.device(device).type == "meta"
+    config = architecture(settings) if meta else base_config(settings)
     if settings.dropout is not None:
         if not 0.0 <= settings.dropout < 1.0:
             raise UserError(f"model.dropout={settings.dropout} must be at least 0 and below 1")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hdscale.errors import UserError, nearest
 from hdscale.modeling.adaptation import Adaptation, ComposedAdaptation, LayerwiseAdaptation, ScaledAdaptation
 from hdscale.modeling.adapters import ManualAdaptation, ManualAdapters
-from hdscale.modeling.base import base_config
+from hdscale.modeling.base import architecture
 from hdscale.modeling.conditioning import EncodingEmbedding, TaskEmbedding, masked_mean
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.hypernetwork import GeneratedAdaptation, GeneratedAdapterHeads, Hypernetwork
@@ -225,7 +225,7 @@ class SidesMethod(Method):
                 if name == "encoder" and method.lora.attention == "cross":
                     raise UserError("method.lora.attention=cross: the encoder has no cross-attention; use self or all")
             if side.shared_layers is not None:
-                base = base_config(config.model)
+                base = architecture(config.model)
                 layers = base.num_layers if name == "encoder" else base.num_decoder_layers
                 parse_layers(side.shared_layers, layers, f"method.{name}.shared_layers")
         hypernet = method.hypernet

@@ -28,7 +28,11 @@ def word_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=10**9
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=10**9,
     )
 
 
@@ -39,10 +43,18 @@ class TinyModel(torch.nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         config = T5Config(
-            vocab_size=vocabulary, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+            vocab_size=vocabulary,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            decoder_start_token_id=0,
         )
         self.base = T5ForConditionalGeneration(config)
-        with torch.no_grad():  # far from uniform, and </s> likely: different rows give different texts and lengths
+        with (
+            torch.no_grad()
+        ):  # far from uniform, and </s> likely: different rows give different texts and lengths
             for parameter in self.base.parameters():
                 parameter.mul_(3.0)
         self.batches: list[int] = []
@@ -68,12 +80,16 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def make_tasks(folder: Path, rows: int = 23) -> tuple[dict[str, Task], DataSettings]:
-    """A label and a text task of `rows` rows each, and a chunked QA task (some questions with several chunks)."""
+    """A label and a text task of `rows` rows each, and a chunked QA task (some questions with several
+    chunks).
+    """
     generator = torch.Generator().manual_seed(1)
 
     def words(most: int) -> str:
         count = int(torch.randint(1, most, (), generator=generator))
-        return " ".join(WORDS[int(n)] for n in torch.randint(0, len(WORDS) - 6, (count,), generator=generator))
+        return " ".join(
+            WORDS[int(n)] for n in torch.randint(0, len(WORDS) - 6, (count,), generator=generator)
+        )
 
     table = [{"text": words(40), "label": str(n % 2), "answer": words(5)} for n in range(rows)]
     data = write_rows(folder / "rows.jsonl", table)
@@ -82,17 +98,35 @@ def make_tasks(folder: Path, rows: int = 23) -> tuple[dict[str, Task], DataSetti
         context = words(70)
         first = context.split()[0]
         answers = [{"text": first, "char_spans": [[0, len(first) - 1]]}]
-        question = {"qid": f"q{number}", "question": words(4) + " ?", "answers": [first], "detected_answers": answers}
+        question = {
+            "qid": f"q{number}",
+            "question": words(4) + " ?",
+            "answers": [first],
+            "detected_answers": answers,
+        }
         passages.append({"context": context, "qas": [question]})
     own = {"source": "{text}", "target": "{answer}", "files": {"test": data}}
     label = task_from_mapping(
-        {"name": "labelled", "kind": "label", "labels": ["0", "1"], **own, "target": "{label}", "metrics": ["accuracy", "f1"]}
+        {
+            "name": "labelled",
+            "kind": "label",
+            "labels": ["0", "1"],
+            **own,
+            "target": "{label}",
+            "metrics": ["accuracy", "f1"],
+        }
     )
-    text = task_from_mapping({"name": "written", "kind": "text", **own, "decoding": {"num_beams": 3, "max_target_length": 9}})
+    text = task_from_mapping(
+        {"name": "written", "kind": "text", **own, "decoding": {"num_beams": 3, "max_target_length": 9}}
+    )
     from hdscale.data.mrqa import tasks as mrqa_tasks
 
     settings = DataSettings(
-        cache=str(folder / "cache"), mrqa_root=str(folder / "mrqa"), max_source_length=32, chunk_overlap=8, max_target_length=8
+        cache=str(folder / "cache"),
+        mrqa_root=str(folder / "mrqa"),
+        max_source_length=32,
+        chunk_overlap=8,
+        max_target_length=8,
     )
     (folder / "mrqa" / "dev").mkdir(parents=True)
     write_rows(folder / "mrqa" / "dev" / "SQuAD.jsonl", passages)
@@ -101,9 +135,16 @@ def make_tasks(folder: Path, rows: int = 23) -> tuple[dict[str, Task], DataSetti
 
 
 def evaluate_job(
-    ranks: Any, tasks: list[Task], data: DataSettings, folder: str, stop_after: int | None = None, step: int = 7,
-    batch_size: int | None = 4, limit: int | None = None, lockstep: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    ranks: Any,
+    tasks: list[Task],
+    data: DataSettings,
+    folder: str,
+    stop_after: int | None = None,
+    step: int = 7,
+    batch_size: int | None = 4,
+    limit: int | None = None,
+    lockstep: bool = False,
+) -> dict[str, Any]:
     """Evaluate tasks on their test splits; with `stop_after`, `should_stop` is true from that call on."""
     model, tokenizer = TinyModel(), word_tokenizer()
     calls = 0
@@ -116,16 +157,33 @@ def evaluate_job(
     seen: list[tuple[str, int, int]] = []
     try:
         found = evaluate.evaluate_tasks(
-            model, tokenizer, tasks, "test", EvalSettings(batch_size=batch_size), data=data, folder=folder, step=step,
-            ranks=ranks, limit=limit, should_stop=should_stop, progress=lambda *news: seen.append(news),
-            task_ids={"written": 5}, lockstep=lockstep,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            tasks,
+            "test",
+            EvalSettings(batch_size=batch_size),
+            data=data,
+            folder=folder,
+            step=step,
+            ranks=ranks,
+            limit=limit,
+            should_stop=should_stop,
+            progress=lambda *news: seen.append(news),
+            task_ids={"written": 5},
+            lockstep=lockstep,
+        )
     except decode.EvaluationStopped:
         return {"stopped": True, "batches": model.batches, "calls": calls}
     return {
-        "stopped": False, "metrics": found.metrics(), "averages": found.averages, "batches": model.batches,
-        "calls": calls, "progress": seen, "notes": found.notes(), "task_ids": model.task_ids,
-    }  # fmt: skip
+        "stopped": False,
+        "metrics": found.metrics(),
+        "averages": found.averages,
+        "batches": model.batches,
+        "calls": calls,
+        "progress": seen,
+        "notes": found.notes(),
+        "task_ids": model.task_ids,
+    }
 
 
 def batch_size_job(ranks: Any, capacity: list[int]) -> int:

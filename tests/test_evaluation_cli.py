@@ -1,4 +1,6 @@
-"""`hdscale evaluate` on runs, exports, foreign checkpoints and extractive ones; the span decoder against brute force."""
+"""`hdscale evaluate` on runs, exports, foreign checkpoints and extractive ones; the span decoder against
+brute force.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,10 @@ def test_a_run_is_evaluated_and_goes_on_after_an_interruption(run_folder, tmp_pa
     assert main(arguments) == 0
     results = json.loads((tmp_path / "results.test.json").read_text())
     assert list(results["tasks"]) == ["pairs", "squad"]
-    assert results["tasks"]["pairs"].keys() == {"accuracy"} and results["tasks"]["squad"].keys() == {"em", "f1"}
+    assert results["tasks"]["pairs"].keys() == {"accuracy"} and results["tasks"]["squad"].keys() == {
+        "em",
+        "f1",
+    }
     chunks = results["notes"]["squad"]["chunks"]
     assert len(batches) == 4 + -(-chunks // 2) + 1, "only the batch that was interrupted is decoded twice"
     assert {"average", "in_domain_f1", "in_domain_em"} <= results.keys()
@@ -74,14 +79,26 @@ def test_an_export_and_its_run_agree(run_folder, tmp_path):  # noqa: F811
 def seq2seq_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints") / "t5"
     torch.manual_seed(0)
-    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
     T5ForConditionalGeneration(config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
 
 
 def test_any_seq2seq_checkpoint(seq2seq_folder, mrqa_data, tmp_path):
-    arguments = ["evaluate", "--model", str(seq2seq_folder), "--tasks", "squad", "--limit", "3", "--output", str(tmp_path)]
+    arguments = [
+        "evaluate",
+        "--model",
+        str(seq2seq_folder),
+        "--tasks",
+        "squad",
+        "--limit",
+        "3",
+        "--output",
+        str(tmp_path),
+    ]
     assert main([*arguments, f"data.mrqa_root={mrqa_data.mrqa_root}", f"data.cache={tmp_path}/cache"]) == 0
     results = json.loads((tmp_path / "results.test.json").read_text())
     assert results["notes"]["squad"]["rows"] == 3
@@ -95,8 +112,12 @@ def test_seq2seq_log_likelihood_is_the_sum_over_tokens(seq2seq_folder):
     with torch.no_grad():
         found = model.log_likelihood(ids, mask, labels)
         for row, length in ((0, 3), (1, 1)):
-            inputs = torch.cat([torch.zeros(1, 1, dtype=torch.long), labels[row : row + 1, : length - 1]], dim=1)
-            logits = model.base(input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1], decoder_input_ids=inputs).logits[0]
+            inputs = torch.cat(
+                [torch.zeros(1, 1, dtype=torch.long), labels[row : row + 1, : length - 1]], dim=1
+            )
+            logits = model.base(
+                input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1], decoder_input_ids=inputs
+            ).logits[0]
             total = sum(torch.log_softmax(logits[n], -1)[labels[row, n]].item() for n in range(length))
             assert found[row].item() == pytest.approx(total, abs=1e-5)
 
@@ -106,7 +127,12 @@ def bert_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints") / "bert"
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, initializer_range=0.8
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        initializer_range=0.8,
     )
     BertForQuestionAnswering(config).save_pretrained(folder)
     tokenizer = word_tokenizer()
@@ -119,7 +145,16 @@ def bert_folder(tmp_path_factory) -> Path:
 
 
 def test_an_extractive_checkpoint_on_mrqa(bert_folder, mrqa_data, tmp_path):
-    arguments = ["evaluate", "--model", str(bert_folder), "--tasks", "squad", "--output", str(tmp_path), "data.max_source_length=32"]
+    arguments = [
+        "evaluate",
+        "--model",
+        str(bert_folder),
+        "--tasks",
+        "squad",
+        "--output",
+        str(tmp_path),
+        "data.max_source_length=32",
+    ]
     assert main([*arguments, f"data.mrqa_root={mrqa_data.mrqa_root}"]) == 0
     results = json.loads((tmp_path / "results.test.json").read_text())
     assert results["notes"]["squad"]["rows"] == 11 < results["notes"]["squad"]["chunks"]
@@ -144,14 +179,18 @@ def test_best_span_equals_brute_force():
         starts, ends = draw.normal(size=size), draw.normal(size=size)
         usable = [n for n, offset in enumerate(offsets) if offset is not None and offset[0] < offset[1]]
         best = max(
-            ((starts[i] + ends[j], i, j) for i in usable for j in usable if i <= j < i + MAX_ANSWER_TOKENS), default=None
+            ((starts[i] + ends[j], i, j) for i in usable for j in usable if i <= j < i + MAX_ANSWER_TOKENS),
+            default=None,
         )
         text, tokens, score = best_span(window, starts, ends)
         if best is None:
             assert text == ""
             continue
         assert score == pytest.approx(best[0])
-        assert text == window.context[offsets[best[1]][0] : offsets[best[2]][1]] and tokens == best[2] - best[1] + 1
+        assert (
+            text == window.context[offsets[best[1]][0] : offsets[best[2]][1]]
+            and tokens == best[2] - best[1] + 1
+        )
 
 
 def test_extractive_windows_cover_the_context(bert_folder, mrqa_data):
@@ -189,20 +228,39 @@ def test_an_empty_context_has_an_empty_span():
     [
         (["--model", "{t5}"], "say which tasks to evaluate on"),
         (["--model", "{t5}", "--tasks", "sqad"], "unknown task 'sqad'; did you mean 'squad'"),
-        (["--run", "{run}", "--split", "train", "--tasks", "drop"], "task drop has no train split; it has: validation, test"),
+        (
+            ["--run", "{run}", "--split", "train", "--tasks", "drop"],
+            "task drop has no train split; it has: validation, test",
+        ),
         (["--model", "{bert}", "--tasks", "pairs", "{custom}"], "only be evaluated on MRQA tasks"),
         (["--model", "{empty}", "--tasks", "squad"], "cannot be loaded"),
-        (["--run", "{run}", "--tasks", "squad", "data.mrqa_root=/nowhere"], "/nowhere/dev/SQuAD.jsonl.gz is missing"),
+        (
+            ["--run", "{run}", "--tasks", "squad", "data.mrqa_root=/nowhere"],
+            "/nowhere/dev/SQuAD.jsonl.gz is missing",
+        ),
         (["--run", "{run}", "--output", "/proc/x"], "--output /proc/x: cannot be written"),
     ],
 )
-def test_mistakes(run_folder, seq2seq_folder, bert_folder, mrqa_data, tmp_path, capsys, monkeypatch, arguments, message):  # noqa: F811
+def test_mistakes(
+    run_folder,  # noqa: F811 seq2seq_folder, bert_folder, mrqa_data, tmp_path, capsys, monkeypatch, arguments, message
+):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"one": "cat", "label": "no"}\n')
-    custom = f"data.custom={{pairs: {{kind: label, labels: ['no', 'yes'], source: '{{one}}', target: '{{label}}', files: {{test: {rows}}}}}}}"
-    places = {"t5": seq2seq_folder, "bert": bert_folder, "run": run_folder, "empty": tmp_path, "custom": custom}
-    extra = [] if any("mrqa_root" in argument for argument in arguments) else [f"data.mrqa_root={mrqa_data.mrqa_root}"]
+    declared = "kind: label, labels: ['no', 'yes'], source: '{one}', target: '{label}'"
+    custom = f"data.custom={{pairs: {{{declared}, files: {{test: {rows}}}}}}}"
+    places = {
+        "t5": seq2seq_folder,
+        "bert": bert_folder,
+        "run": run_folder,
+        "empty": tmp_path,
+        "custom": custom,
+    }
+    extra = (
+        []
+        if any("mrqa_root" in argument for argument in arguments)
+        else [f"data.mrqa_root={mrqa_data.mrqa_root}"]
+    )
     filled = [argument.format(**places) if argument.startswith("{") else argument for argument in arguments]
     assert main(["evaluate", *filled, *extra]) == 2
     said = capsys.readouterr().err

@@ -24,7 +24,9 @@ JOB = "tests.evaluation_jobs:evaluate_job"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Tasks on 23 rows (uneven for every number of ranks and batch size used) and their whole evaluation by one process."""
+    """Tasks on 23 rows (uneven for every number of ranks and batch size used) and their whole evaluation by
+    one process.
+    """
     folder = tmp_path_factory.mktemp("evaluation")
     tasks, data = make_tasks(folder)
     whole = evaluate_job(SingleProcess(), list(tasks.values()), data, str(folder / "whole"))
@@ -53,7 +55,9 @@ def test_predictions_hold_every_row_in_order(world):
         assert [record["id"] for record in records] == [f"test-{row}" for row in range(23)]
         assert len({record["prediction"] for record in records}) > 3 or name == "labelled"
     chunks = [json.loads(line) for line in (folder / "squad.test.jsonl").read_text().splitlines()]
-    assert len({chunk["question"] for chunk in chunks}) == 11 < len(chunks) == whole["notes"]["squad"]["chunks"]
+    assert (
+        len({chunk["question"] for chunk in chunks}) == 11 < len(chunks) == whole["notes"]["squad"]["chunks"]
+    )
     assert all(round(chunk["score"], decode.SCORE_DECIMALS) == chunk["score"] < 0 for chunk in chunks)
     assert not list(folder.glob("*.part*"))
     assert max(len(whole["batches"]), 1) == whole["calls"]
@@ -63,7 +67,9 @@ def test_one_and_three_ranks_write_the_same_bytes(world, rank_pool, tmp_path):
     tasks, data, folder, whole = world
     found = {}
     for size in (1, 3):
-        results = rank_pool(size).run(JOB, {"tasks": list(tasks.values()), "data": data, "folder": str(tmp_path / str(size))})
+        results = rank_pool(size).run(
+            JOB, {"tasks": list(tasks.values()), "data": data, "folder": str(tmp_path / str(size))}
+        )
         found[size] = contents(tmp_path / str(size))
         assert all(result["metrics"] == whole["metrics"] for result in results)
         assert all(result["averages"] == whole["averages"] for result in results)
@@ -132,7 +138,9 @@ def test_finished_predictions_are_used_again_only_for_the_same_step_rows_and_bat
 
 def test_parts_of_another_step_are_not_mixed_in(world, tmp_path):
     tasks, data, folder, whole = world
-    assert evaluate_job(SingleProcess(), [tasks["written"]], data, str(tmp_path), stop_after=4, step=6)["stopped"]
+    assert evaluate_job(SingleProcess(), [tasks["written"]], data, str(tmp_path), stop_after=4, step=6)[
+        "stopped"
+    ]
     assert len(evaluate_job(SingleProcess(), [tasks["written"]], data, str(tmp_path))["batches"]) == 6
     assert contents(tmp_path)["written.test.jsonl"] == contents(folder)["written.test.jsonl"]
 
@@ -150,9 +158,16 @@ def test_a_limit_keeps_whole_questions(world, tmp_path):
 def test_batch_size_is_found_once_and_stored(world, tmp_path, monkeypatch):
     tasks, data, folder, whole = world
     monkeypatch.setattr(evaluate, "CPU_BATCH_SIZE", 5)
-    assert evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), batch_size=None)["batches"] == [5, 5, 5, 5, 3]
+    assert evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), batch_size=None)[
+        "batches"
+    ] == [5, 5, 5, 5, 3]
     monkeypatch.setattr(evaluate, "CPU_BATCH_SIZE", 9)
-    assert evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), batch_size=None, step=8)["batches"][0] == 5
+    assert (
+        evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), batch_size=None, step=8)[
+            "batches"
+        ][0]
+        == 5
+    )
     assert json.loads((tmp_path / evaluate.BATCH_SIZES).read_text()) == {"labelled.test": 5}
 
 
@@ -186,7 +201,9 @@ def test_summaries_have_their_beams_and_no_empty_output():
     from hdscale.data.tasks import get_task
 
     for name, beams in (("xsum", 6), ("cnn_dailymail", 4), ("wiki_lingua", 4)):
-        assert evaluate.task_decoding(get_task(name), word_tokenizer(), EvalSettings(), 128) == Decoding(60, beams, 1)
+        assert evaluate.task_decoding(get_task(name), word_tokenizer(), EvalSettings(), 128) == Decoding(
+            60, beams, 1
+        )
 
 
 def rows_of(texts: list[str]) -> list:
@@ -197,7 +214,9 @@ def rows_of(texts: list[str]) -> list:
 
 
 def test_scores_are_summed_log_likelihoods_with_the_end_token():
-    """Against a loop over positions of the model's own softmax, one row at a time; the empty answer is scored too."""
+    """Against a loop over positions of the model's own softmax, one row at a time; the empty answer is scored
+    too.
+    """
     model, tokenizer = TinyModel().eval(), word_tokenizer()
     rows = rows_of(["cat sat on mat", "who ran", "red red blue green far away dog", "where ?"])
     with torch.no_grad():  # </s> likelier, so that lengths differ
@@ -213,7 +232,8 @@ def test_scores_are_summed_log_likelihoods_with_the_end_token():
         total = 0.0
         for position, token in enumerate(ids):
             logits = model.base(
-                input_ids=torch.tensor([row.input_ids]), decoder_input_ids=torch.tensor([[0, *ids[:position]]])
+                input_ids=torch.tensor([row.input_ids]),
+                decoder_input_ids=torch.tensor([[0, *ids[:position]]]),
             ).logits[0, -1]
             total += torch.log_softmax(logits, dim=-1)[token].item()
         assert prediction.score == pytest.approx(total, abs=2e-3)
@@ -242,9 +262,17 @@ def test_task_ids_reach_the_model(world):
 
 
 def test_lockstep_ranks_make_equally_many_passes(world, rank_pool, tmp_path):
-    """ZeRO-3 gathers weights collectively: a rank without a batch repeats one, and generates as long as the others do."""
+    """ZeRO-3 gathers weights collectively: a rank without a batch repeats one, and generates as long as the
+    others do.
+    """
     tasks, data, folder, whole = world
-    job = {"tasks": [tasks["written"]], "data": data, "folder": str(tmp_path), "batch_size": 6, "lockstep": True}
+    job = {
+        "tasks": [tasks["written"]],
+        "data": data,
+        "folder": str(tmp_path),
+        "batch_size": 6,
+        "lockstep": True,
+    }
     results = rank_pool(3).run(JOB, job)
     assert [len(result["batches"]) for result in results] == [2, 2, 2]
     assert results[0]["metrics"]["written"] == whole["metrics"]["written"]

@@ -28,7 +28,10 @@ def task(kind: str, names: tuple[str, ...], labels: tuple[str, ...] = (), name: 
 
 def examples(targets: list[str], references: list[list[str]] | None = None) -> list[Example]:
     many = references or [None] * len(targets)
-    return [Example("s", target, "t", str(row), gold) for row, (target, gold) in enumerate(zip(targets, many, strict=True))]
+    return [
+        Example("s", target, "t", str(row), gold)
+        for row, (target, gold) in enumerate(zip(targets, many, strict=True))
+    ]
 
 
 def random_labels(seed: int, rows: int, labels: list[str], junk: list[str]) -> tuple[list[str], list[str]]:
@@ -43,7 +46,9 @@ JUNK = ["", "2", "entailment", "0 1", "one", "٠", "\x00", "0.0"]
 
 @pytest.mark.parametrize("seed", range(4))
 def test_label_metrics_equal_confusion_counts(seed):
-    """Accuracy, F1 and Matthews from counts written anew; a prediction that is neither label is wrong in each."""
+    """Accuracy, F1 and Matthews from counts written anew; a prediction that is neither label is wrong in
+    each.
+    """
     predicted, gold = random_labels(seed, 200, ["0", "1"], JUNK)
     found = compute(task("label", ("accuracy", "f1"), ("0", "1")), predicted, examples(gold))
     right = sum(p == g for p, g in zip(predicted, gold, strict=True))
@@ -51,7 +56,9 @@ def test_label_metrics_equal_confusion_counts(seed):
     missed = gold.count("1") - true_positive
     false_positive = sum(g == "0" and p != "0" for p, g in zip(predicted, gold, strict=True))
     assert found["accuracy"] == pytest.approx(100 * right / 200)
-    assert found["f1"] == pytest.approx(100 * 2 * true_positive / (2 * true_positive + missed + false_positive))
+    assert found["f1"] == pytest.approx(
+        100 * 2 * true_positive / (2 * true_positive + missed + false_positive)
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -62,7 +69,12 @@ def test_matthews_equals_the_published_formula(seed):
         found = compute(task("label", ("matthews",), ("0", "1")), predicted, examples(gold))["matthews"]
         classes = ["0", "1", "other"]
         decided = [p if p in ("0", "1") else "other" for p in predicted]
-        confusion = np.array([[sum((g, p) == (a, b) for g, p in zip(gold, decided, strict=True)) for b in classes] for a in classes])
+        confusion = np.array(
+            [
+                [sum((g, p) == (a, b) for g, p in zip(gold, decided, strict=True)) for b in classes]
+                for a in classes
+            ]
+        )
         total, trace = confusion.sum(), np.trace(confusion)
         row, column = confusion.sum(axis=1), confusion.sum(axis=0)
         covariance = trace * total - row @ column
@@ -74,21 +86,29 @@ def test_three_labels_and_macro_f1():
     predicted, gold = random_labels(9, 300, ["0", "1", "2"], JUNK[2:])
     found = compute(task("label", ("accuracy", "macro_f1"), ("0", "1", "2")), predicted, examples(gold))
     per_label = [
-        2 * sum(p == g == label for p, g in zip(predicted, gold, strict=True)) / (predicted.count(label) + gold.count(label))
+        2
+        * sum(p == g == label for p, g in zip(predicted, gold, strict=True))
+        / (predicted.count(label) + gold.count(label))
         for label in "012"
     ]
     assert found["macro_f1"] == pytest.approx(100 * np.mean(per_label))
 
 
 def test_all_predictions_unreadable_score_zero_and_are_counted():
-    scores = compute_scores(task("label", ("accuracy", "f1"), ("0", "1")), ["x"] * 10, examples(["0", "1"] * 5))
+    scores = compute_scores(
+        task("label", ("accuracy", "f1"), ("0", "1")), ["x"] * 10, examples(["0", "1"] * 5)
+    )
     assert scores.metrics == {"accuracy": 0.0, "f1": 0.0}
     assert scores.notes["unreadable"] == 10
-    assert compute(task("label", ("matthews",), ("0", "1")), ["x"] * 10, examples(["0", "1"] * 5)) == {"matthews": 0.0}
+    assert compute(task("label", ("matthews",), ("0", "1")), ["x"] * 10, examples(["0", "1"] * 5)) == {
+        "matthews": 0.0
+    }
 
 
 def test_white_space_around_a_label_does_not_count():
-    assert compute(task("label", ("accuracy",), ("0", "1")), [" 1", "0\n"], examples(["1", "0"])) == {"accuracy": 100.0}
+    assert compute(task("label", ("accuracy",), ("0", "1")), [" 1", "0\n"], examples(["1", "0"])) == {
+        "accuracy": 100.0
+    }
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -108,21 +128,31 @@ def test_correlations_equal_formulas(seed):
         return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
     assert scores.metrics["pearson"] == pytest.approx(100 * pearson(numbers, truth))
-    assert scores.metrics["spearman"] == pytest.approx(100 * pearson(stats.rankdata(numbers), stats.rankdata(truth)))
+    assert scores.metrics["spearman"] == pytest.approx(
+        100 * pearson(stats.rankdata(numbers), stats.rankdata(truth))
+    )
     assert scores.notes["unreadable"] == sum(one in odd for one in predicted)
 
 
 def test_any_number_decodes_and_constant_predictions_score_zero():
     gold = ["0.0", "2.4", "5.0"]
     assert compute(task("number", ("pearson",)), ["-3", " 1.25 ", "1e1"], examples(gold))["pearson"] > 90
-    assert compute(task("number", ("pearson", "spearman")), ["3"] * 3, examples(gold)) == {"pearson": 0.0, "spearman": 0.0}
+    assert compute(task("number", ("pearson", "spearman")), ["3"] * 3, examples(gold)) == {
+        "pearson": 0.0,
+        "spearman": 0.0,
+    }
 
 
-# -- SQuAD's definition written anew, by other means than the package's ------------------------------------------------
+# -- SQuAD's definition written anew, by other means than the package's
+# ------------------------------------------------
 
 
 def plain_normal(answer: str) -> list[str]:
-    kept = "".join(" " if character.isspace() else character for character in answer.lower() if character not in string.punctuation)
+    kept = "".join(
+        " " if character.isspace() else character
+        for character in answer.lower()
+        if character not in string.punctuation
+    )
     words = re.split(r"(\W+)", kept)  # articles are whole words of \w
     return "".join("  " if word in ("a", "an", "the") else word for word in words).split()
 
@@ -143,9 +173,38 @@ def plain_scores(prediction: str, answers: list[str]) -> tuple[float, float]:
 
 
 ADVERSARIAL = [
-    "", " ", "the", "The.", "a an the", "U.S.", "us", "The U.S. the", "café", "CAFÉ", "5,000", "5000", "it's", "its", "an-the", "the-a b",
-    "a\u00a0b", "x" * 500, "–dash–", "“quoted”", "İstanbul", "ΣΑΣ", "a_the", "the_", "1/2", "½", "b b b", "b b", "\t\n", "a b c d", "theory",
-]  # fmt: skip
+    "",
+    " ",
+    "the",
+    "The.",
+    "a an the",
+    "U.S.",
+    "us",
+    "The U.S. the",
+    "café",
+    "CAFÉ",
+    "5,000",
+    "5000",
+    "it's",
+    "its",
+    "an-the",
+    "the-a b",
+    "a\u00a0b",
+    "x" * 500,
+    "–dash–",
+    "“quoted”",
+    "İstanbul",
+    "ΣΑΣ",
+    "a_the",
+    "the_",
+    "1/2",
+    "½",
+    "b b b",
+    "b b",
+    "\t\n",
+    "a b c d",
+    "theory",
+]
 
 
 def test_answers_equal_the_official_definition_on_adversarial_pairs():
@@ -174,7 +233,8 @@ def test_empty_prediction_against_an_empty_answer_matches_but_has_no_f1():
     assert compute(task("qa", ("em", "f1")), [""], examples([""], [[""]])) == {"em": 100.0, "f1": 0.0}
 
 
-# -- ROUGE ----------------------------------------------------------------------------------------------------------
+# -- ROUGE
+# ----------------------------------------------------------------------------------------------------------
 
 
 SUMMARIES = [
@@ -212,7 +272,9 @@ def test_rouge_two_equals_a_bigram_count():
     gold, predicted = "cat sat mat cat sat hat", "cat sat hat mat cat sat"
     bigrams = lambda words: collections.Counter(zip(words.split(), words.split()[1:], strict=False))  # noqa: E731
     common = (bigrams(gold) & bigrams(predicted)).total()
-    assert compute(task("text", ("rouge2",)), [predicted], examples([gold]))["rouge2"] == pytest.approx(100 * common / 5)
+    assert compute(task("text", ("rouge2",)), [predicted], examples([gold]))["rouge2"] == pytest.approx(
+        100 * common / 5
+    )
 
 
 def test_rouge_takes_the_best_of_several_references():
@@ -246,7 +308,8 @@ def test_sentence_splitting_loses_no_word():
         assert " ".join(text.split_sentences(passage)).split() == passage.split()
 
 
-# -- checks and averages ----------------------------------------------------------------------------------------------
+# -- checks and averages
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,12 +342,19 @@ def test_every_task_of_the_package_has_metrics_of_its_kind():
 
 
 def test_table_one_average():
-    """The average of Table 1 counts a task with two metrics as their mean: the paper's row gives its own average."""
+    """The average of Table 1 counts a task with two metrics as their mean: the paper's row gives its own
+    average.
+    """
     row = {
-        "cola": {"matthews": 58.5}, "sst2": {"accuracy": 96.6}, "stsb": {"pearson": 91.8, "spearman": 91.7},
-        "mrpc": {"accuracy": 89.7, "f1": 92.5}, "qqp": {"accuracy": 91.3, "f1": 89.5}, "mnli": {"accuracy": 89.8},
-        "qnli": {"accuracy": 94.5}, "rte": {"accuracy": 82.6},
-    }  # fmt: skip
+        "cola": {"matthews": 58.5},
+        "sst2": {"accuracy": 96.6},
+        "stsb": {"pearson": 91.8, "spearman": 91.7},
+        "mrpc": {"accuracy": 89.7, "f1": 92.5},
+        "qqp": {"accuracy": 91.3, "f1": 89.5},
+        "mnli": {"accuracy": 89.8},
+        "qnli": {"accuracy": 94.5},
+        "rte": {"accuracy": 82.6},
+    }
     tasks = [get_task(name) for name in row]
     assert round(av.averages(tasks, row)["average"], 1) == 86.9
     values = [value for found in row.values() for value in found.values()]
@@ -298,25 +368,38 @@ def test_table_six_averages():
         "xsum": {"rouge1": 99.0, "rouge2": 17.4, "rougeL": 99.0, "rougeLsum": 99.0},
         "cnn_dailymail": {"rouge1": 99.0, "rouge2": 19.3, "rougeL": 99.0, "rougeLsum": 99.0},
         "wiki_lingua": {"rouge1": 99.0, "rouge2": 18.4, "rougeL": 99.0, "rougeLsum": 99.0},
-        "mnli": {"accuracy": 85.6}, "art": {"accuracy": 64.3}, "anli": {"accuracy": 44.3},
-    }  # fmt: skip
+        "mnli": {"accuracy": 85.6},
+        "art": {"accuracy": 64.3},
+        "anli": {"accuracy": 44.3},
+    }
     tasks = [get_task(name) for name in row]
     found = av.averages(tasks, row)
     assert round(found["summarisation"], 1) == 18.4
     assert found["nli"] == pytest.approx(64.733, abs=1e-3)  # the table prints 64.8, from unrounded scores
-    assert found["overall"] == pytest.approx((found["summarisation"] + found["nli"]) / 2) == pytest.approx(found["average"])
+    assert (
+        found["overall"]
+        == pytest.approx((found["summarisation"] + found["nli"]) / 2)
+        == pytest.approx(found["average"])
+    )
     notes = {"cnn_dailymail": {"generated_tokens": 50.0}, "xsum": {"generated_tokens": 20.0}}
     counted = [17.4, 99, 19.3, 99, 99, 50, 99, 18.4, 99, 99, 85.6, 64.3, 44.3]
     assert av.metrics_average(tasks, row, notes) == pytest.approx(np.mean(counted))
 
 
 def test_mrqa_averages_by_domain():
-    row = {"squad": {"em": 80.0, "f1": 90.0}, "newsqa": {"em": 50.0, "f1": 60.0}, "drop": {"em": 30.0, "f1": 40.0}}
+    row = {
+        "squad": {"em": 80.0, "f1": 90.0},
+        "newsqa": {"em": 50.0, "f1": 60.0},
+        "drop": {"em": 30.0, "f1": 40.0},
+    }
     found = av.averages([get_task(name) for name in row], row)
     assert found == {
-        "average": pytest.approx(190 / 3), "in_domain_f1": 75.0, "in_domain_em": 65.0,
-        "out_of_domain_f1": 40.0, "out_of_domain_em": 30.0,
-    }  # fmt: skip
+        "average": pytest.approx(190 / 3),
+        "in_domain_f1": 75.0,
+        "in_domain_em": 65.0,
+        "out_of_domain_f1": 40.0,
+        "out_of_domain_em": 30.0,
+    }
 
 
 def test_selection():
@@ -350,8 +433,12 @@ def test_metrics_write_nothing_into_the_home_folder(tmp_path, monkeypatch):
 def test_sklearn_agrees_on_clean_labels():
     predicted, gold = random_labels(1, 100, ["0", "1"], [])
     found = compute(task("label", ("accuracy", "f1", "matthews"), ("0", "1")), predicted, examples(gold))
-    assert found["f1"] == pytest.approx(100 * sk.f1_score([int(g) for g in gold], [int(p) for p in predicted]))
-    assert found["matthews"] == pytest.approx(100 * sk.matthews_corrcoef([int(g) for g in gold], [int(p) for p in predicted]))
+    assert found["f1"] == pytest.approx(
+        100 * sk.f1_score([int(g) for g in gold], [int(p) for p in predicted])
+    )
+    assert found["matthews"] == pytest.approx(
+        100 * sk.matthews_corrcoef([int(g) for g in gold], [int(p) for p in predicted])
+    )
 
 
 def test_references_may_be_one_text():

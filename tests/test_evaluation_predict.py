@@ -24,25 +24,43 @@ from hdscale.modeling.model import build_model
 from tests.evaluation_jobs import make_tasks, write_rows
 
 OVERRIDES = [
-    "model.name=tiny-1", "method.encoder.dim=4", "method.decoder.dim=4", "method.hypernet.bottleneck=4", "train.dtype=fp32",
-    "data.max_source_length=48", "data.max_target_length=6", "data.chunk_overlap=8", "run.seed=5",
-]  # fmt: skip
+    "model.name=tiny-1",
+    "method.encoder.dim=4",
+    "method.decoder.dim=4",
+    "method.hypernet.bottleneck=4",
+    "train.dtype=fp32",
+    "data.max_source_length=48",
+    "data.max_target_length=6",
+    "data.chunk_overlap=8",
+    "run.seed=5",
+]
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    """A run's folder as training leaves it: configuration and exported trainables (a random base of the run's seed)."""
+    """A run's folder as training leaves it: configuration and exported trainables (a random base of the run's
+    seed).
+    """
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     data = tmp_path_factory.mktemp("data")
     _, settings = make_tasks(data)
-    config = load_config(None, [*OVERRIDES, f"data.mrqa_root={settings.mrqa_root}", f"data.cache={data}/cache"])
+    config = load_config(
+        None, [*OVERRIDES, f"data.mrqa_root={settings.mrqa_root}", f"data.cache={data}/cache"]
+    )
     config.data.custom = {
         "pairs": {
-            "kind": "label", "labels": ["no", "yes"], "source": "pairs one: {one} two: {two}", "target": "{label}",
-            "files": {"train": str(data / "pairs.jsonl"), "test": str(data / "pairs.jsonl")}, "may_be_empty": ["two"],
+            "kind": "label",
+            "labels": ["no", "yes"],
+            "source": "pairs one: {one} two: {two}",
+            "target": "{label}",
+            "files": {"train": str(data / "pairs.jsonl"), "test": str(data / "pairs.jsonl")},
+            "may_be_empty": ["two"],
         }
-    }  # fmt: skip
-    write_rows(data / "pairs.jsonl", [{"one": f"cat {n}", "two": "dog", "label": ["no", "yes"][n % 2]} for n in range(7)])
+    }
+    write_rows(
+        data / "pairs.jsonl",
+        [{"one": f"cat {n}", "two": "dog", "label": ["no", "yes"][n % 2]} for n in range(7)],
+    )
     config.data.tasks = ["pairs", "squad"]
     config.run.dir, config.run.name = str(folder.parent), folder.name
     model = build_model(model_config(config), torch.float32, seed=config.run.seed)
@@ -56,14 +74,33 @@ def run_folder(tmp_path_factory) -> Path:
     return folder
 
 
-TEXTS = ["the cat sat on the mat", "a", "who was far away in the red house", "blue", "dog " * 30, "one two three"]
+TEXTS = [
+    "the cat sat on the mat",
+    "a",
+    "who was far away in the red house",
+    "blue",
+    "dog " * 30,
+    "one two three",
+]
 
 
 def predict_file(run_folder: Path, folder: Path, rows: list, *options: str, code: int = 0) -> list[dict]:
     source = folder / "in.jsonl"
-    source.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
+    source.write_bytes(
+        b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+    )
     target = folder / "out.jsonl"
-    arguments = ["predict", "--run", str(run_folder), "--input", str(source), "--output", str(target), "--quiet", *options]
+    arguments = [
+        "predict",
+        "--run",
+        str(run_folder),
+        "--input",
+        str(source),
+        "--output",
+        str(target),
+        "--quiet",
+        *options,
+    ]
     assert main(arguments) == code
     return [json.loads(line) for line in target.read_text().splitlines()] if code == 0 else []
 
@@ -85,18 +122,25 @@ def test_predictions_are_the_models_own(run_folder, tmp_path):
     found = predict_file(run_folder, tmp_path, [{"source": text} for text in TEXTS], "--scores")
     for text, row in zip(TEXTS, found, strict=True):
         ids = torch.tensor([loaded.tokenizer(text, truncation=True, max_length=48).input_ids])
-        generated = loaded.model.generate(ids, torch.ones_like(ids), task_ids=torch.tensor([-1]), max_new_tokens=6, do_sample=False)
+        generated = loaded.model.generate(
+            ids, torch.ones_like(ids), task_ids=torch.tensor([-1]), max_new_tokens=6, do_sample=False
+        )
         assert row["prediction"] == loaded.tokenizer.decode(generated[0], skip_special_tokens=True)
         labels = generated[:, 1:]
-        likelihood = loaded.model.log_likelihood(ids, torch.ones_like(ids), labels, task_ids=torch.tensor([-1]))
+        likelihood = loaded.model.log_likelihood(
+            ids, torch.ones_like(ids), labels, task_ids=torch.tensor([-1])
+        )
         assert row["score"] == pytest.approx(likelihood.item(), abs=1e-3)
 
 
 def test_rows_of_several_tasks(run_folder, tmp_path):
     rows = [
-        {"task": "pairs", "one": "cat", "two": "dog"}, {"source": "free"}, {"task": "pairs", "one": "x", "two": ""},
-        {"task": "squad", "question": "who sat ?", "context": ""}, {"text": "free too"},
-    ]  # fmt: skip
+        {"task": "pairs", "one": "cat", "two": "dog"},
+        {"source": "free"},
+        {"task": "pairs", "one": "x", "two": ""},
+        {"task": "squad", "question": "who sat ?", "context": ""},
+        {"text": "free too"},
+    ]
     found = predict_file(run_folder, tmp_path, rows)
     assert [row["line"] for row in found] == [1, 2, 3, 4, 5]
     direct = predict_file(run_folder, tmp_path, [{"one": "cat", "two": "dog"}], "--task", "pairs")
@@ -104,7 +148,9 @@ def test_rows_of_several_tasks(run_folder, tmp_path):
 
 
 def test_questions_answer_as_in_evaluation(run_folder, tmp_path):
-    """The same questions through `predict` and through the evaluation loop: chunks, scores and the choice among them."""
+    """The same questions through `predict` and through the evaluation loop: chunks, scores and the choice
+    among them.
+    """
     choice = Choice(run=str(run_folder))
     config = choice.config()
     loaded = choice.load(config)
@@ -113,7 +159,17 @@ def test_questions_answer_as_in_evaluation(run_folder, tmp_path):
 
     squad = get_task("squad", config.data)
     asked = list(questions(squad, "test", config.data))
-    evaluate_split(loaded.model, loaded.tokenizer, squad, "test", config.eval, data=config.data, folder=tmp_path / "e", step=1, task_id=1)
+    evaluate_split(
+        loaded.model,
+        loaded.tokenizer,
+        squad,
+        "test",
+        config.eval,
+        data=config.data,
+        folder=tmp_path / "e",
+        step=1,
+        task_id=1,
+    )
     expected = json.loads((tmp_path / "e" / "squad.test.official.json").read_text())
     rows = [{"qid": one.qid, "question": one.question, "context": one.context} for one in asked]
     found = predict_file(run_folder, tmp_path, rows, "--task", "squad")
@@ -131,7 +187,10 @@ BAD = {
     "unknown task": (b'{"task": "pears"}', "line 2: data: unknown task 'pears'; did you mean 'pairs'?"),
     "task no name": (b'{"task": 3}', "line 2: field 'task' must be a name"),
     "no column": (b'{"task": "pairs", "one": "x"}', "line 2: no column 'two'"),
-    "empty column": (b'{"task": "pairs", "one": "", "two": "x"}', "line 2: column 'one' of task pairs is empty"),
+    "empty column": (
+        b'{"task": "pairs", "one": "", "two": "x"}',
+        "line 2: column 'one' of task pairs is empty",
+    ),
     "column a list": (b'{"task": "pairs", "one": [1], "two": "x"}', "line 2: column 'one' holds a list"),
     "no context": (b'{"task": "squad", "question": "x"}', "line 2: field 'context' of task squad is missing"),
 }
@@ -183,7 +242,9 @@ def test_pipes_and_gzip(run_folder, tmp_path, monkeypatch, capsys):
     source.write_bytes(gzip.compress(b'\xef\xbb\xbf{"source": "the cat"}\r\n{"source": "a dog"}'))
     assert main(["predict", "--run", str(run_folder), "--input", str(source), "--output", "-"]) == 0
     from_file = capsys.readouterr().out
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"source": "the cat"}\n{"source": "a dog"}\n')))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"source": "the cat"}\n{"source": "a dog"}\n'))
+    )
     assert main(["predict", "--run", str(run_folder), "--input", "-", "--output", "-"]) == 0
     assert capsys.readouterr().out == from_file
     assert [json.loads(line)["line"] for line in from_file.splitlines()] == [1, 2]
@@ -197,17 +258,28 @@ def test_pipes_and_gzip(run_folder, tmp_path, monkeypatch, capsys):
     [
         (["--input", "{in}", "--output", "-"], "give either --run DIR"),
         (["--run", "{run}", "--model", "x", "--input", "{in}", "--output", "-"], "give either --run DIR"),
-        (["--run", "{tmp}", "--input", "{in}", "--output", "-"], "no config.yaml; --run takes the folder of a finished run"),
+        (
+            ["--run", "{tmp}", "--input", "{in}", "--output", "-"],
+            "no config.yaml; --run takes the folder of a finished run",
+        ),
         (["--model", "nothing", "--input", "{in}", "--output", "-"], "--model nothing: no such folder"),
         (["--run", "{run}", "--input", "{tmp}/none", "--output", "-"], "--input .*none: no such file"),
         (["--run", "{run}", "--input", "{in}", "--output", "{tmp}/a/b"], "--output .*: no folder"),
         (["--run", "{run}", "--input", "{in}", "--output", "{in}"], "is the input too"),
         (["--run", "{run}", "--input", "{in}", "--output", "{tmp}"], "is a folder"),
-        (["--run", "{run}", "--input", "{in}", "--output", "-", "--task", "pears"], "unknown task 'pears'; did you mean 'pairs'"),
-        (["--run", "{run}", "--input", "{in}", "--output", "-", "data.rot=x"], "unknown key 'data.rot'; did you mean 'data.root'"),
+        (
+            ["--run", "{run}", "--input", "{in}", "--output", "-", "--task", "pears"],
+            "unknown task 'pears'; did you mean 'pairs'",
+        ),
+        (
+            ["--run", "{run}", "--input", "{in}", "--output", "-", "data.rot=x"],
+            "unknown key 'data.rot'; did you mean 'data.root'",
+        ),
     ],
 )
-def test_mistakes_are_found_before_anything_is_loaded(run_folder, tmp_path, monkeypatch, capsys, arguments, message):
+def test_mistakes_are_found_before_anything_is_loaded(
+    run_folder, tmp_path, monkeypatch, capsys, arguments, message
+):
     import re
 
     monkeypatch.setattr(Choice, "load", lambda *_: pytest.fail("loaded"))
@@ -232,7 +304,9 @@ def test_millions_of_rows_in_bounded_memory(monkeypatch):
                 yield b'{"source": "%d %s"}\n' % (number, b"x" * 200)
 
     monkeypatch.setattr(predict.Predictor, "__init__", lambda self: None)
-    monkeypatch.setattr(predict.Predictor, "answer", lambda self, group: [{"line": request.line} for request in group])
+    monkeypatch.setattr(
+        predict.Predictor, "answer", lambda self, group: [{"line": request.line} for request in group]
+    )
     requests = read_requests(Lines(), None, lambda name: None, lambda error: None)
     tracemalloc.start()
     for number, row in enumerate(predict.Predictor().stream(requests, 1000), start=1):

@@ -43,7 +43,11 @@ def write(folder: Path, lines: list, name: str = "SQuAD.jsonl.gz", place: str = 
 
 
 def squad(folder: Path, **changes):
-    settings = DataSettings(mrqa_root=str(folder), cache=str(folder / "cache"), max_source_length=64) if "root" not in changes else None
+    settings = (
+        DataSettings(mrqa_root=str(folder), cache=str(folder / "cache"), max_source_length=64)
+        if "root" not in changes
+        else None
+    )
     settings = settings or DataSettings(cache=str(folder / "cache"), max_source_length=64, **changes)
     return next(task for task in mrqa.tasks(settings) if task.name == "squad"), settings
 
@@ -58,7 +62,11 @@ def read(folder: Path) -> list[mrqa.Question]:
 def test_files_with_and_without_header_or_compression(tmp_path, name, header):
     write(tmp_path, [HEADER] * header + [passage(qa(), qa("q1", answer="red dog"))], name)
     one, two = read(tmp_path)
-    assert (one.source, one.target, one.references) == (f"question: who sat ? context: {CONTEXT}", "cat", ("cat",))
+    assert (one.source, one.target, one.references) == (
+        f"question: who sat ? context: {CONTEXT}",
+        "cat",
+        ("cat",),
+    )
     assert (two.id, two.spans, two.target) == ("q1", ((17, 23),), "red dog")
 
 
@@ -75,7 +83,10 @@ def test_training_reads_the_train_folder_and_evaluation_the_dev_folder(tmp_path)
     write(tmp_path, [passage(qa("t"))], place="train")
     write(tmp_path, [passage(qa("d"))])
     task, settings = squad(tmp_path)
-    ids = {split: [question.id for question in mrqa.questions(task, split, settings)] for split in ("train", "validation", "test")}
+    ids = {
+        split: [question.id for question in mrqa.questions(task, split, settings)]
+        for split in ("train", "validation", "test")
+    }
     assert ids == {"train": ["t"], "validation": ["d"], "test": ["d"]}
     assert split_size(task, "train", settings) == 1
 
@@ -96,8 +107,19 @@ def test_a_missing_file_is_named(tmp_path):
 def hub_row(form: str, subset: str = "SQuAD"):
     record = qa()
     spans = {"start": [0], "end": [2]} if form == "lists" else [{"start": 0, "end": 2}]
-    detected = {"text": ["cat"], "char_spans": [spans]} if form == "lists" else [{"text": "cat", "char_spans": spans}]
-    return {"subset": subset, "context": CONTEXT, "qid": "q0", "question": record["question"], "answers": ["cat"], "detected_answers": detected}
+    detected = (
+        {"text": ["cat"], "char_spans": [spans]}
+        if form == "lists"
+        else [{"text": "cat", "char_spans": spans}]
+    )
+    return {
+        "subset": subset,
+        "context": CONTEXT,
+        "qid": "q0",
+        "question": record["question"],
+        "answers": ["cat"],
+        "detected_answers": detected,
+    }
 
 
 @pytest.mark.parametrize("form", ["lists", "records"])
@@ -129,18 +151,37 @@ BAD = {
     "no context": ([HEADER, {"qas": []}], r"line 2: field 'context' is missing"),
     "no qas": ([{"context": "x"}], r"line 1: field 'qas' is missing"),
     "header without set": ([{"header": {"split": "dev"}}], r"line 1: field 'header.dataset' is missing"),
-    "no qid": ([HEADER, passage(qa(), {"question": "x", "answers": []})], r"line 2: qas\[1\]: field 'qid' is missing"),
+    "no qid": (
+        [HEADER, passage(qa(), {"question": "x", "answers": []})],
+        r"line 2: qas\[1\]: field 'qid' is missing",
+    ),
     "question no text": ([passage(qa(question=3))], r"qas\[0\]: field 'question' must be a str, not int"),
     "no answers": ([passage({"qid": "q", "question": "x"})], r"qas\[0\]: field 'answers' is missing"),
     "span past the end": (
         [passage(qa(detected_answers=[{"text": "x", "char_spans": [[0, 2], [30, 33]]}]))],
-        r"line 1: qas\[0\]: field 'detected_answers\[0\].char_spans\[1\]' is \[30, 33\], outside the context of 32 characters",
+        r"line 1: qas\[0\]: field 'detected_answers\[0\].char_spans\[1\]' is \[30, 33\], "
+        r"outside the context of 32 characters",
     ),
-    "span backwards": ([passage(qa(detected_answers=[{"text": "x", "char_spans": [[5, 4]]}]))], r"is \[5, 4\], outside"),
-    "negative span": ([passage(qa(detected_answers=[{"text": "x", "char_spans": [[-3, -1]]}]))], r"is \[-3, -1\], outside"),
-    "span no pair": ([passage(qa(detected_answers=[{"text": "x", "char_spans": [[1]]}]))], r"must be \[first, last\], not \[1\]"),
-    "span of floats": ([passage(qa(detected_answers=[{"text": "x", "char_spans": [[1.0, 2]]}]))], r"must be \[first, last\]"),
-    "no spans": ([passage(qa(detected_answers=[{"text": "x"}]))], r"'detected_answers\[0\].char_spans' is missing"),
+    "span backwards": (
+        [passage(qa(detected_answers=[{"text": "x", "char_spans": [[5, 4]]}]))],
+        r"is \[5, 4\], outside",
+    ),
+    "negative span": (
+        [passage(qa(detected_answers=[{"text": "x", "char_spans": [[-3, -1]]}]))],
+        r"is \[-3, -1\], outside",
+    ),
+    "span no pair": (
+        [passage(qa(detected_answers=[{"text": "x", "char_spans": [[1]]}]))],
+        r"must be \[first, last\], not \[1\]",
+    ),
+    "span of floats": (
+        [passage(qa(detected_answers=[{"text": "x", "char_spans": [[1.0, 2]]}]))],
+        r"must be \[first, last\]",
+    ),
+    "no spans": (
+        [passage(qa(detected_answers=[{"text": "x"}]))],
+        r"'detected_answers\[0\].char_spans' is missing",
+    ),
     "qas no records": ([passage("x")], r"qas\[0\] must be an object"),
     "a list": ([[1]], r"line 1 is not a JSON object"),
 }
@@ -156,13 +197,18 @@ def test_bad_records_name_file_line_and_field(tmp_path, case):
 
 
 def test_damaged_files_name_the_line(tmp_path):
-    path = write(tmp_path, [HEADER] + [passage(qa(f"q{n}", question=f"who {os.urandom(40).hex()} ?")) for n in range(400)])
+    path = write(
+        tmp_path,
+        [HEADER] + [passage(qa(f"q{n}", question=f"who {os.urandom(40).hex()} ?")) for n in range(400)],
+    )
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"SQuAD.jsonl.gz: damaged or cut off after line \d\d+"):
         read(tmp_path)
     middle = len(whole) // 2
-    path.write_bytes(whole[:middle] + bytes(255 - byte for byte in whole[middle : middle + 60]) + whole[middle + 60 :])
+    path.write_bytes(
+        whole[:middle] + bytes(255 - byte for byte in whole[middle : middle + 60]) + whole[middle + 60 :]
+    )
     with pytest.raises(UserError, match=r"SQuAD.jsonl.gz: (damaged|line|not UTF-8)"):
         read(tmp_path)
     path.write_bytes(b"no gzip at all")
@@ -174,7 +220,9 @@ def test_damaged_files_name_the_line(tmp_path):
 
 
 def test_repeated_ids(tmp_path):
-    """The same question again is left out; another under the same qid is kept, and the official form has the last."""
+    """The same question again is left out; another under the same qid is kept, and the official form has the
+    last.
+    """
     other = "who ran far ?"
     write(tmp_path, [passage(qa(), qa()), passage(qa(question=other, answer="dog"), qa("q1"))])
     questions = read(tmp_path)
@@ -230,7 +278,9 @@ def test_a_negative_overlap(tmp_path):
 
 
 def test_tokenised_chunks_are_the_windows_themselves(tmp_path):
-    """The cache holds the windows' own ids, row for row with the examples; a changed overlap is another entry."""
+    """The cache holds the windows' own ids, row for row with the examples; a changed overlap is another
+    entry.
+    """
     long = "cat sat on mat . red dog ran far " * 20
     write(tmp_path, [passage(qa(context=long), context=long), passage(qa("q1"))])
     task, settings = squad(tmp_path)
@@ -245,7 +295,9 @@ def test_tokenised_chunks_are_the_windows_themselves(tmp_path):
         assert row.labels == tokenizer(example.target).input_ids
     settings.chunk_overlap = 0
     assert len(tokenized_split(task, "validation", tokenizer, settings)) < len(rows)
-    assert [example.group for example in load_examples(task, "validation", settings)] == [None, None], "no tokenizer: whole questions"
+    assert [example.group for example in load_examples(task, "validation", settings)] == [None, None], (
+        "no tokenizer: whole questions"
+    )
 
 
 @pytest.mark.skipif(not (DATA / "mrqa").is_dir(), reason="no MRQA files: set HDSCALE_TEST_DATA")

@@ -1,11 +1,13 @@
 """The MRQA 2019 shared task (Section 3.1.2): its twelve sets, read from its own files or from the hub's form.
 
-Its own files are `{train,dev}/<Set>.jsonl.gz` (or `.jsonl`): an optional header line, then one context a line with its questions.
-`char_spans` count code points and end inclusively. The hub's form (`mrqa-workshop/mrqa`) has one question a row and all sets in one file.
+Its own files are `{train,dev}/<Set>.jsonl.gz` (or `.jsonl`): an optional header line, then one context a line
+with its questions. `char_spans` count code points and end inclusively. The hub's form (`mrqa-workshop/mrqa`)
+has one question a row and all sets in one file.
 
 How oddities are handled:
-- a question that repeats an earlier one of its set (same qid, question and context) is left out; another question under the same qid is
-  kept, its id is `<qid>~2`, and the official form of predictions keeps the last of them;
+- a question that repeats an earlier one of its set (same qid, question and context) is left out; another
+  question under the same qid is kept, its id is `<qid>~2`, and the official form of predictions keeps the
+  last of them;
 - a question without a detected answer, or with an empty context, is kept: its target is the empty string;
 - lone surrogates, which JSON can state and UTF-8 cannot, become U+FFFD (one for one, so that offsets hold);
 - white space at the ends of a span is not part of the answer.
@@ -63,7 +65,9 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Question(Example):
-    """A question with its whole context; `source` is the prompt, `target` the first answer found, `references` all gold answers."""
+    """A question with its whole context; `source` is the prompt, `target` the first answer found,
+    `references` all gold answers.
+    """
 
     qid: str = ""
     question: str = ""
@@ -71,7 +75,8 @@ class Question(Example):
     """Where the question begins in the prompt."""
     context: str = ""
     spans: tuple[tuple[int, int], ...] = ()
-    """(first, last) character of every detected answer in the context, inclusive, in the order of the file."""
+    """(first, last) character of every detected answer in the context, inclusive, in the order of the file.
+    """
 
 
 def tasks(settings: DataSettings) -> list[Task]:
@@ -122,7 +127,8 @@ def paths_of(task: Task, origin: str, settings: DataSettings) -> list[Path]:
         if path.is_file():
             return [path]
     raise UserError(
-        f"{stem}.jsonl.gz is missing: split '{origin}' of task {task.name}; take it from the shared task's page, or name other tasks"
+        f"{stem}.jsonl.gz is missing: split '{origin}' of task {task.name}; take it from the shared task's "
+        "page, or name other tasks"
     )
 
 
@@ -152,9 +158,11 @@ def size(task: Task, split: str, settings: DataSettings) -> int:
 
 
 def examples(task: Task, split: str, settings: DataSettings, tokenizer: Any = None) -> Iterator[Example]:
-    """The chunks of the split's questions (Section 3.1.2), or whole questions where there is no tokenizer to cut by.
+    """The chunks of the split's questions (Section 3.1.2), or whole questions where there is no tokenizer to
+    cut by.
 
-    Chunks are `hdscale.data.mrqa_chunks.Chunk`s: their `group` is the question's id, their `input_ids` the exact window.
+    Chunks are `hdscale.data.mrqa_chunks.Chunk`s: their `group` is the question's id, their `input_ids` the
+    exact window.
     """
     found = questions(task, split, settings)
     if tokenizer is None:
@@ -164,9 +172,7 @@ def examples(task: Task, split: str, settings: DataSettings, tokenizer: Any = No
     )
 
 
-def questions(
-    task: Task, split: str, settings: DataSettings, limit: int | None = None
-) -> Iterator[Question]:
+def questions(task: Task, split: str, settings: DataSettings, limit: int | None = None) -> Iterator[Question]:
     """The split's questions in the order of its files, repeats left out.
 
     Raises:
@@ -192,7 +198,9 @@ def split_paths(task: Task, split: str, settings: DataSettings) -> list[Path]:
     return [path for origin in task.splits[split].origins for path in paths_of(task, origin, settings)]
 
 
-def read_paths(task: Task, split: str, settings: DataSettings) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+def read_paths(
+    task: Task, split: str, settings: DataSettings
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """(file and line, context, question record) of every question of a split."""
     for path in split_paths(task, split, settings):
         if path.suffix == ".parquet":
@@ -220,7 +228,9 @@ def passages(path: Path) -> Iterator[tuple[str, str, list[Mapping[str, Any]]]]:
         if "header" in row and "context" not in row:
             header = row["header"]
             if not isinstance(header, Mapping) or "dataset" not in header:
-                raise UserError(f"{where}: field 'header.dataset' is missing; a header names its data set, or leave the line out")
+                raise UserError(
+                    f"{where}: field 'header.dataset' is missing; name the data set or leave the line out"
+                )
             continue
         context = field_of(row, "context", str, where)
         qas = field_of(row, "qas", list, where)
@@ -241,7 +251,9 @@ def hub_rows(path: Path, subset: str | None) -> Iterator[tuple[str, str, Mapping
 
 
 def hub_answers(found: Any) -> list[dict[str, Any]]:
-    """Detected answers in the shared task's form, from the hub's (lists inside mappings, or mappings inside lists)."""
+    """Detected answers in the shared task's form, from the hub's (lists inside mappings, or mappings inside
+    lists).
+    """
     if found is None:
         return []
     if isinstance(found, Mapping):
@@ -253,7 +265,9 @@ def hub_answers(found: Any) -> list[dict[str, Any]]:
         if isinstance(spans, Mapping):
             pairs = list(zip(spans["start"], spans["end"], strict=True))
         else:
-            pairs = [(span["start"], span["end"]) if isinstance(span, Mapping) else tuple(span) for span in spans]
+            pairs = [
+                (span["start"], span["end"]) if isinstance(span, Mapping) else tuple(span) for span in spans
+            ]
         answers.append({"text": answer["text"], "char_spans": [list(pair) for pair in pairs]})
     return answers
 
@@ -261,7 +275,9 @@ def hub_answers(found: Any) -> list[dict[str, Any]]:
 def make_question(
     task: Task, where: str, context: str, record: Any, seen: dict[str, list[int]]
 ) -> Question | None:
-    """A question from its record, or None if it repeats an earlier one; `seen` is {qid: hashes of question and context}."""
+    """A question from its record, or None if it repeats an earlier one; `seen` is {qid: hashes of question
+    and context}.
+    """
     if not isinstance(record, Mapping):
         raise UserError(f"{where} must be an object with 'qid', 'question' and 'answers'")
     qid = field_of(record, "qid", str, where)
@@ -293,10 +309,12 @@ def make_question(
 
 
 def prompt_before_context(template: str, question: str) -> str:
-    """The prompt up to the context; the template must end with it, so that chunks differ in their ends alone."""
+    """The prompt up to the context; the template must end with it, so that chunks differ at their ends."""
     before, marker, after = template.partition("{context}")
     if not marker or after or "{question}" not in before:
-        raise UserError(f"template '{template}': a chunked QA task needs '{{question}}' and, at its end, '{{context}}'")
+        raise UserError(
+            f"template '{template}': a chunked QA task needs '{{question}}' and, at its end, '{{context}}'"
+        )
     return before.replace("{question}", question)
 
 
@@ -310,13 +328,17 @@ def read_spans(detected: Any, context: str, where: str) -> tuple[tuple[int, int]
         if not isinstance(answer, Mapping) or not isinstance(answer.get("char_spans"), list):
             raise UserError(f"{where}: field '{field}.char_spans' is missing or no list")
         for index, span in enumerate(answer["char_spans"]):
-            if not (isinstance(span, list | tuple) and len(span) == 2 and all(type(end) is int for end in span)):
-                raise UserError(f"{where}: field '{field}.char_spans[{index}]' must be [first, last], not {span!r}")
+            if not (
+                isinstance(span, list | tuple) and len(span) == 2 and all(type(end) is int for end in span)
+            ):
+                raise UserError(
+                    f"{where}: field '{field}.char_spans[{index}]' must be [first, last], not {span!r}"
+                )
             first, last = span
             if not 0 <= first <= last < len(context):
                 raise UserError(
-                    f"{where}: field '{field}.char_spans[{index}]' is [{first}, {last}], outside the context of "
-                    f"{len(context)} characters (ends are inclusive)"
+                    f"{where}: field '{field}.char_spans[{index}]' is [{first}, {last}], outside the context "
+                    f"of {len(context)} characters (ends are inclusive)"
                 )
             while first <= last and context[first].isspace():
                 first += 1
@@ -332,7 +354,9 @@ def field_of(record: Mapping[str, Any], name: str, kind: type, where: str) -> An
     if name not in record:
         raise UserError(f"{where}: field '{name}' is missing")
     if not isinstance(record[name], kind):
-        raise UserError(f"{where}: field '{name}' must be a {kind.__name__}, not {type(record[name]).__name__}")
+        raise UserError(
+            f"{where}: field '{name}' must be a {kind.__name__}, not {type(record[name]).__name__}"
+        )
     return record[name]
 
 

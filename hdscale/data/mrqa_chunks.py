@@ -1,14 +1,16 @@
 """Cutting question and context into windows of tokens (Section 3.1.2).
 
-A window holds the prompt, some tokens of the context and `</s>`, at most `window` in all; neighbours share `overlap` context tokens.
-The cuts are those of one tokenisation of the whole prompt, mapped to characters by the offsets of a fast tokenizer.
+A window holds the prompt, some tokens of the context and `</s>`, at most `window` in all; neighbours share
+`overlap` context tokens. The cuts are those of one tokenisation of the whole prompt, mapped to characters by
+the offsets of a fast tokenizer.
 
 How oddities are handled:
 - a prompt that leaves less than a quarter of the window to the context loses the end of its question;
 - the overlap is at most half of what the window leaves to the context, so that every window moves on;
 - an empty context gives one window with the prompt alone;
-- an answer across a window's border is not found in it. One of up to `overlap` tokens lies whole in a neighbour; a longer one
-  that no window holds gets, in training only, a further window of its own, if it fits one.
+- an answer across a window's border is not found in it. One of up to `overlap` tokens lies whole in a
+  neighbour; a longer one that no window holds gets, in training only, a further window of its own, if it fits
+  one.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ READ_AHEAD = 256
 
 @dataclass(frozen=True, slots=True)
 class Chunk(Example):
-    """A question with a part of its context: `context[start:end]`; `target` is the answer found there, or the empty string.
+    """A question with a part of its context: `context[start:end]`; `target` is the answer found there, or the
+    empty string.
 
-    `input_ids` are the window's tokens, prompt and `</s>` included, never more than the window. `group` is the question's id, `id` is `<question id>#<number of the chunk>`.
+    `input_ids` are the window's tokens, prompt and `</s>` included, never more than the window. `group` is
+    the question's id, `id` is `<question id>#<number of the chunk>`.
     """
 
     start: int = 0
@@ -56,7 +60,8 @@ def chunks_of_questions(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"{type(tokenizer).__name__} does not map tokens to characters, which cutting contexts needs; use a model with a fast tokenizer"
+            f"{type(tokenizer).__name__} does not map tokens to characters, which cutting contexts needs; "
+            "use a model with a fast tokenizer"
         )
     stream, blank = iter(questions), blank_token(tokenizer)
     while group := list(islice(stream, READ_AHEAD)):
@@ -67,9 +72,18 @@ def chunks_of_questions(
             return_attention_mask=False,
             verbose=False,
         )
-        for question, ids, offsets in zip(group, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        for question, ids, offsets in zip(
+            group, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
             yield from chunks_of(
-                question, ids, offsets, window, overlap, training, end_id=tokenizer.eos_token_id, blank_id=blank
+                question,
+                ids,
+                offsets,
+                window,
+                overlap,
+                training,
+                end_id=tokenizer.eos_token_id,
+                blank_id=blank,
             )
 
 
@@ -100,7 +114,8 @@ def chunks_of(
         for token, start, end in zip(context_ids, token_starts, ends[first_token:], strict=True)
     )
     token_ends = list(accumulate(covered, max))
-    answers = []  # (first and last character, [first, end) token); what no token covers at its beginning is left off
+    # (first and last character, [first, end) token); what no token covers at its beginning is left off
+    answers = []
     for first, last in question.spans:
         tokens = tokens_of((first, last), token_starts, token_ends)
         if tokens is not None:
@@ -110,8 +125,13 @@ def chunks_of(
         windows += rescue(windows, [tokens for _, tokens in answers], len(context_ids), room)
     for number, (begin, stop) in enumerate(windows):
         start = 0 if begin == 0 else token_starts[begin]
-        # up to the next token: characters that no token covers (an accent of its own, white space) stay with the one before
-        end = len(question.context) if stop == len(context_ids) else max(token_starts[stop], token_ends[stop - 1])
+        # up to the next token: characters that no token covers (an accent of its own, white space) stay with
+        # the one before
+        end = (
+            len(question.context)
+            if stop == len(context_ids)
+            else max(token_starts[stop], token_ends[stop - 1])
+        )
         inside = [span for span, (low, high) in answers if begin <= low and high <= stop]
         yield Chunk(
             source=question.source[:border] + question.context[start:end],
@@ -133,7 +153,8 @@ def blank_token(tokenizer: Any) -> int | None:
 
 
 def cut(tokens: int, room: int, overlap: int) -> list[tuple[int, int]]:
-    """Windows [begin, stop) of at most `room` that cover `tokens`, each sharing `overlap` with the one before.
+    """Windows [begin, stop) of at most `room` that cover `tokens`, each sharing `overlap` with the one
+    before.
 
     One empty window for no tokens at all.
     """
@@ -147,7 +168,9 @@ def cut(tokens: int, room: int, overlap: int) -> list[tuple[int, int]]:
 def rescue(
     windows: Sequence[tuple[int, int]], found: Sequence[tuple[int, int]], tokens: int, room: int
 ) -> list[tuple[int, int]]:
-    """Further windows for token ranges that fit a window but lie whole in none, each in the middle of its own."""
+    """Further windows for token ranges that fit a window but lie whole in none, each in the middle of its
+    own.
+    """
     added: list[tuple[int, int]] = []
     for low, high in found:
         held = any(begin <= low and high <= stop for begin, stop in [*windows, *added])
@@ -158,7 +181,9 @@ def rescue(
 
 
 def tokens_of(span: tuple[int, int], starts: Sequence[int], ends: Sequence[int]) -> tuple[int, int] | None:
-    """Tokens [low, high) that cover the characters of a span (its end inclusive); None if no token covers any of it."""
+    """Tokens [low, high) that cover the characters of a span (its end inclusive); None if no token covers any
+    of it.
+    """
     first, last = span
     low, high = bisect_right(ends, first), bisect_right(starts, last)
     # a span may begin in characters without a token (a combining accent): the token before covers them
@@ -167,7 +192,9 @@ def tokens_of(span: tuple[int, int], starts: Sequence[int], ends: Sequence[int])
 
 
 def cut_prompt(question: Question, prompt: list[int], starts: Sequence[int], window: int) -> list[int]:
-    """The prompt's tokens, the end of the question left out where less than a quarter of the window would remain for context."""
+    """The prompt's tokens, the end of the question left out where less than a quarter of the window would
+    remain for context.
+    """
     most = window - 1 - max(1, window // 4)
     excess = len(prompt) - most
     if excess <= 0:
@@ -175,5 +202,8 @@ def cut_prompt(question: Question, prompt: list[int], starts: Sequence[int], win
     begin = question.begin
     low, high = bisect_left(starts, begin), bisect_left(starts, begin + len(question.question))
     if high - low < excess:
-        raise UserError(f"data.max_source_length={window} leaves no room beside the template of task {question.task}; raise it")
+        raise UserError(
+            f"data.max_source_length={window} leaves no room beside the template of task {question.task}; "
+            "raise it"
+        )
     return prompt[: high - excess] + prompt[high:]

@@ -1,4 +1,6 @@
-"""From metrics of tasks to the averages that the paper's tables state, and the majority-class baseline beside them."""
+"""From metrics of tasks to the averages that the paper's tables state, and the majority-class baseline beside
+them.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,11 @@ from hdscale.evaluation.metrics import compute
 
 
 def task_score(task: Any, metrics: Mapping[str, float]) -> float:
-    """The one number of a task in an average: ROUGE-2 of a summarisation task, F1 of a QA task, else the mean of its metrics.
+    """The one number of a task in an average: ROUGE-2 of a summarisation task, F1 of a QA task, else the mean
+    of its metrics.
 
-    So a GLUE task with two metrics counts their mean (Table 1), MRQA counts F1 (Tables 4, 5) and Table 6 counts ROUGE-2 alone.
+    So a GLUE task with two metrics counts their mean (Table 1), MRQA counts F1 (Tables 4, 5) and Table 6
+    counts ROUGE-2 alone.
     """
     if task.kind == "text" and "rouge2" in metrics:
         return metrics["rouge2"]
@@ -31,13 +35,16 @@ def averages(tasks: Sequence[Any], results: Mapping[str, Mapping[str, float]]) -
         results: {task name: {metric: value ×100}}.
 
     Returns:
-        `average`: mean over tasks of `task_score` (the tables' average). Where summarisation and label tasks are mixed, Table 6's
-        `summarisation` (ROUGE-2), `nli` and `overall` (the mean of these two). Where MRQA sets are among the tasks, `in_domain_f1`,
-        `in_domain_em`, `out_of_domain_f1`, `out_of_domain_em` over the sets at hand.
+        `average`: mean over tasks of `task_score` (the tables' average). Where summarisation and label tasks
+            are mixed, Table 6's
+        `summarisation` (ROUGE-2), `nli` and `overall` (the mean of these two). Where MRQA sets are among the
+        tasks, `in_domain_f1`, `in_domain_em`, `out_of_domain_f1`, `out_of_domain_em` over the sets at hand.
     """
     scores = {task.name: task_score(task, results[task.name]) for task in tasks}
     found = {"average": fmean(scores.values())}
-    summaries = [scores[task.name] for task in tasks if task.kind == "text" and "rouge2" in results[task.name]]
+    summaries = [
+        scores[task.name] for task in tasks if task.kind == "text" and "rouge2" in results[task.name]
+    ]
     labels = [scores[task.name] for task in tasks if task.kind == "label"]
     if summaries and labels:
         found |= {"summarisation": fmean(summaries), "nli": fmean(labels)}
@@ -66,8 +73,8 @@ def metrics_average(
 ) -> float:
     """What the paper's release selects checkpoints by: the mean over all metrics of all tasks.
 
-    As there, XSum counts with ROUGE-2 alone, and the other summarisation tasks with all ROUGE values and with their mean
-    generation length in tokens (`generated_tokens` of the notes, if given).
+    As there, XSum counts with ROUGE-2 alone, and the other summarisation tasks with all ROUGE values and with
+    their mean generation length in tokens (`generated_tokens` of the notes, if given).
     """
     values: list[float] = []
     for task in tasks:
@@ -90,9 +97,9 @@ def selection_score(
 ) -> float:
     """The number by which `eval.select` compares checkpoints: higher is better.
 
-    `average` and `per_task` use the tables' average (for `per_task` the caller compares `task_score` task by task), `metrics`
-    the release's mean over metrics; another word is one of `averages` (`overall`, `in_domain_f1`), a metric (mean over the tasks
-    that have it) or `task.metric`.
+    `average` and `per_task` use the tables' average (for `per_task` the caller compares `task_score` task by
+    task), `metrics` the release's mean over metrics; another word is one of `averages` (`overall`,
+    `in_domain_f1`), a metric (mean over the tasks that have it) or `task.metric`.
     """
     check_select(select, tasks)
     if select == "metrics":
@@ -109,20 +116,23 @@ def selection_score(
 
 
 def check_select(select: str, tasks: Sequence[Any]) -> None:
-    """Raise UserError if `eval.select` names nothing that these tasks have; cheap, to be called before training."""
+    """Raise UserError if `eval.select` names nothing that these tasks have; cheap, to be called before
+    training.
+    """
     metrics = {metric for task in tasks for metric in task.metrics}
     dotted = {f"{task.name}.{metric}" for task in tasks for metric in task.metrics}
     example = {task.name: dict.fromkeys(task.metrics, 0.0) for task in tasks}
     known = {"average", "metrics", "per_task", "last", *averages(tasks, example), *metrics, *dotted}
     if select not in known:
-        raise UserError(
-            f"eval.select={select} names nothing here; known: average, metrics, per_task, last, "
-            f"{', '.join(sorted(known - {'average', 'metrics', 'per_task', 'last'} - dotted))}, or task.metric"
-        )
+        always = ["average", "metrics", "per_task", "last"]
+        here = [*always, *sorted(known - dotted - {*always})]
+        raise UserError(f"eval.select={select} names nothing here; known: {', '.join(here)}, or task.metric")
 
 
 def majority_predictions(train_targets: Sequence[str], rows: int) -> list[str]:
-    """The most frequent training target (the first in sorted order among equals), once for each of `rows` rows."""
+    """The most frequent training target (the first in sorted order among equals), once for each of `rows`
+    rows.
+    """
     counts = Counter(train_targets)
     if not counts:
         raise UserError("no training rows: the majority-class baseline needs them")
@@ -131,5 +141,7 @@ def majority_predictions(train_targets: Sequence[str], rows: int) -> list[str]:
 
 
 def majority_baseline(task: Any, train_targets: Sequence[str], examples: Sequence[Any]) -> dict[str, float]:
-    """The metrics of predicting the most frequent training target for every row: what a model must beat to have learned."""
+    """The metrics of predicting the most frequent training target for every row: what a model must beat to
+    have learned.
+    """
     return compute(task, majority_predictions(train_targets, len(examples)), examples)

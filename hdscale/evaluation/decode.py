@@ -1,8 +1,10 @@
-"""Decoding a set of tokenised rows: global batches, dealt out whole to ranks, streamed to part files, resumable.
+"""Decoding a set of tokenised rows: global batches, dealt out whole to ranks, streamed to part files,
+resumable.
 
-The bits of a matrix product change with the number of rows, so what must be the same at any number of ranks is decided globally:
-rows are sorted by length, cut into batches, and a rank takes whole batches. A finished batch is one line of the rank's part file;
-a torn line is a batch that was not finished. Rank 0 merges the parts in row order.
+The bits of a matrix product change with the number of rows, so what must be the same at any number of ranks
+is decided globally: rows are sorted by length, cut into batches, and a rank takes whole batches. A finished
+batch is one line of the rank's part file; a torn line is a batch that was not finished. Rank 0 merges the
+parts in row order.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ SCORE_DECIMALS = 4
 
 
 class EvaluationStopped(Exception):
-    """`should_stop()` said so between two batches: what is decoded is on disk, and the same call goes on from there."""
+    """`should_stop()` said so between two batches: what is decoded is on disk, and the same call goes on from
+    there.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Decoding:
 
 @dataclasses.dataclass(slots=True)
 class Prediction:
-    """One decoded row: position in the split, its id, the text, its length in tokens (without padding, with </s>).
+    """One decoded row: position in the split, its id, the text, its length in tokens (without padding, with
+    </s>).
 
     `score` is the summed token log-likelihood of what was generated, rounded, where it was asked for.
     """
@@ -63,7 +68,9 @@ class Prediction:
 
 
 def global_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Row numbers in batches of `batch_size`, longest rows first (ties by row): each row in exactly one batch."""
+    """Row numbers in batches of `batch_size`, longest rows first (ties by row): each row in exactly one
+    batch.
+    """
     if batch_size < 1:
         raise UserError(f"eval.batch_size={batch_size} must be at least 1")
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
@@ -71,11 +78,12 @@ def global_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 class Decoder:
-    """Turns batches of tokenised rows into `Prediction`s with a model that has `generate` and `log_likelihood`.
+    """Turns batches of tokenised rows into `Prediction`s with a model that has `generate` and
+    `log_likelihood`.
 
     Args:
-        model: an `hdscale` model, or any object with the same `generate(input_ids, attention_mask, task_ids=…, **kwargs)` and
-            `log_likelihood(input_ids, attention_mask, labels, task_ids=…) -> [B]`.
+        model: an `hdscale` model, or any object with the same `generate(input_ids, attention_mask,
+            task_ids=…, **kwargs)` and `log_likelihood(input_ids, attention_mask, labels, task_ids=…) -> [B]`.
         tokenizer: its tokenizer.
         decoding: lengths and beams.
         scored: also compute the log-likelihood of what was generated.
@@ -99,7 +107,9 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Any], numbers: Sequence[int]) -> list[Prediction]:
         """Decode one batch. `rows` have `input_ids` and `id`; `numbers` are their positions in the split."""
-        input_ids, attention_mask = pad([row.input_ids for row in rows], self.tokenizer.pad_token_id, self.device)
+        input_ids, attention_mask = pad(
+            [row.input_ids for row in rows], self.tokenizer.pad_token_id, self.device
+        )
         task_ids = None
         if self.task_id is not None:
             task_ids = torch.full((len(rows),), self.task_id, dtype=torch.long, device=self.device)
@@ -113,7 +123,9 @@ class Decoder:
             scores: list[float] | list[None] = [None] * len(rows)
             if self.scored:
                 labels = generated.masked_fill(~kept, -100)
-                log_likelihood = self.model.log_likelihood(input_ids, attention_mask, labels, task_ids=task_ids)
+                log_likelihood = self.model.log_likelihood(
+                    input_ids, attention_mask, labels, task_ids=task_ids
+                )
                 scores = [round(value, SCORE_DECIMALS) for value in log_likelihood.double().tolist()]
         texts = self.tokenizer.batch_decode(
             generated.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -165,7 +177,9 @@ def tokens_kept(generated: torch.Tensor, eos_id: int, pad_id: int) -> torch.Tens
 
 
 class PartFiles:
-    """The part files of one evaluation: `<name>.part<rank>.jsonl`, each a stamp line, then one line for each finished batch."""
+    """The part files of one evaluation: `<name>.part<rank>.jsonl`, each a stamp line, then one line for each
+    finished batch.
+    """
 
     def __init__(self, folder: Path, name: str, stamp: dict[str, Any]) -> None:
         self.folder, self.name, self.stamp = folder, name, stamp
@@ -177,7 +191,9 @@ class PartFiles:
         return sorted(self.folder.glob(f"{self.name}.part*.jsonl"))
 
     def finished(self) -> dict[int, list[Prediction]]:
-        """{batch number: predictions} of all parts that carry this stamp; torn lines and other stamps are left out."""
+        """{batch number: predictions} of all parts that carry this stamp; torn lines and other stamps are
+        left out.
+        """
         batches: dict[int, list[Prediction]] = {}
         for path in self.existing():
             with path.open(encoding="utf-8") as lines:
@@ -194,7 +210,8 @@ class PartFiles:
         return batches
 
     def consolidate(self) -> list[int]:
-        """Gather what earlier, interrupted evaluations of the same stamp left into one part, and drop everything else.
+        """Gather what earlier, interrupted evaluations of the same stamp left into one part, and drop
+        everything else.
 
         Returns:
             The numbers of the finished batches.
@@ -212,7 +229,9 @@ class PartFiles:
 
     @staticmethod
     def line(batch: int, predictions: list[Prediction]) -> str:
-        return dumps({"batch": batch, "rows": [dataclasses.astuple(prediction) for prediction in predictions]})
+        return dumps(
+            {"batch": batch, "rows": [dataclasses.astuple(prediction) for prediction in predictions]}
+        )
 
 
 def decode_all(
@@ -228,7 +247,8 @@ def decode_all(
 ) -> None:
     """Decode all batches that no part file holds yet, every rank its share, into the part files.
 
-    `rows.row(i)` is the i-th tokenised row. Ranks go round by round, so `should_stop` is called equally often on each and may be a collective agreement.
+    `rows.row(i)` is the i-th tokenised row. Ranks go round by round, so `should_stop` is called equally often
+    on each and may be a collective agreement.
 
     Raises:
         EvaluationStopped: on all ranks, after `should_stop()`; the parts keep what is done.
@@ -257,11 +277,14 @@ def decode_all(
     ranks.barrier()
 
 
-def find_batch_size(attempt: Callable[[int], None], ranks: RankGroup | None = None, largest: int = 512) -> int:
+def find_batch_size(
+    attempt: Callable[[int], None], ranks: RankGroup | None = None, largest: int = 512
+) -> int:
     """The largest of `largest`, `largest`/2, … that fits on every rank's accelerator.
 
     Args:
-        attempt: decodes a batch of that many of the longest rows, as long as they may get; raises `torch.OutOfMemoryError`.
+        attempt: decodes a batch of that many of the longest rows, as long as they may get; raises
+            `torch.OutOfMemoryError`.
 
     Raises:
         UserError: not even one row fits.
@@ -279,7 +302,9 @@ def find_batch_size(attempt: Callable[[int], None], ranks: RankGroup | None = No
         if ranks.all_true(fits):
             return size
         size //= 2
-    raise UserError("not one row can be decoded in this device's memory; use a smaller base or shorter sources")
+    raise UserError(
+        "not one row can be decoded in this device's memory; use a smaller base or shorter sources"
+    )
 
 
 @contextlib.contextmanager

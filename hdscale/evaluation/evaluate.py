@@ -1,7 +1,9 @@
-"""Evaluating splits by generation: decode over all ranks, write `predictions/<task>.<split>.jsonl`, score on rank 0.
+"""Evaluating splits by generation: decode over all ranks, write `predictions/<task>.<split>.jsonl`, score on
+rank 0.
 
-An evaluation that was interrupted goes on where it stopped: finished batches are found again in the part files, finished splits in
-their predictions file, as long as the stamp (model step, rows, batch size, decoding) is the same.
+An evaluation that was interrupted goes on where it stopped: finished batches are found again in the part
+files, finished splits in their predictions file, as long as the stamp (model step, rows, batch size,
+decoding) is the same.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ from hdscale.evaluation.ranks import RankGroup, SingleProcess
 from hdscale.evaluation.settings import EvalSettings
 
 BATCH_SIZES = "batch_sizes.json"
-"""Beside the predictions: {task.split: rows of an evaluation batch}, found once and used again by every later evaluation."""
+"""Beside the predictions: {task.split: rows of an evaluation batch}, found once and used again by every later
+evaluation.
+"""
 CPU_BATCH_SIZE = 32
 """Where there is no accelerator memory to fill: larger batches only pad more."""
 
@@ -111,7 +115,9 @@ def evaluate_tasks(
         )
     metrics = {name: result.metrics for name, result in results.items()}
     notes = {name: result.notes for name, result in results.items()}
-    return Evaluation(results, averages(tasks, metrics), selection_score(settings.select, tasks, metrics, notes))
+    return Evaluation(
+        results, averages(tasks, metrics), selection_score(settings.select, tasks, metrics, notes)
+    )
 
 
 def evaluate_split(
@@ -139,7 +145,8 @@ def evaluate_split(
         folder: where the predictions go (`<run>/predictions`).
         step: the model's step, or another name of its weights; predictions of another one are not used again.
         limit: only the first so many rows (questions, for MRQA).
-        ranks: the group that shares the work (`barrier`, `all_true`, `broadcast_object`); default: this process alone.
+        ranks: the group that shares the work (`barrier`, `all_true`, `broadcast_object`); default: this
+            process alone.
         task_id: the task's index among the model's tasks.
         should_stop: looked at between batches, equally often on all ranks.
         progress: called with (rows decoded, rows) after each batch.
@@ -195,10 +202,11 @@ def evaluate_rows(
     lockstep: bool = False,
     decoder: Any = None,
 ) -> SplitResult:
-    """`evaluate_split` on rows that are at hand: a `TokenizedSplit` (`source_lengths`, `row(i)`), one row for each example.
+    """`evaluate_split` on rows that are at hand: a `TokenizedSplit` (`source_lengths`, `row(i)`), one row for
+    each example.
 
-    Examples with a `group` are chunks of a question (MRQA): their answers become the question's before they are scored.
-    `decoder` stands in for the one that generates (an extractive model's).
+    Examples with a `group` are chunks of a question (MRQA): their answers become the question's before they
+    are scored. `decoder` stands in for the one that generates (an extractive model's).
     """
     ranks = ranks or SingleProcess()
     folder = Path(folder)
@@ -211,7 +219,9 @@ def evaluate_rows(
     if not len(examples):
         raise UserError(f"task {task.name}: its {split} split has no rows")
     lockstep = lockstep and ranks.world_size > 1
-    decoder = decoder or Decoder(model, tokenizer, decoding, scored=chunked, task_id=task_id, lockstep=lockstep)
+    decoder = decoder or Decoder(
+        model, tokenizer, decoding, scored=chunked, task_id=task_id, lockstep=lockstep
+    )
     lengths = rows.source_lengths[: len(examples)]
     name = f"{task.name}.{split}"
     batch_size = stored_batch_size(settings, folder, name, decoder, rows, lengths, ranks)
@@ -262,7 +272,9 @@ def stored_batch_size(
     lengths: Sequence[int],
     ranks: RankGroup,
 ) -> int:
-    """`eval.batch_size`, or (null) the size stored by an earlier evaluation of this folder, or the largest that fits, stored."""
+    """`eval.batch_size`, or (null) the size stored by an earlier evaluation of this folder, or the largest
+    that fits, stored.
+    """
     if settings.batch_size is not None:
         return settings.batch_size
     store = folder / BATCH_SIZES
@@ -274,7 +286,9 @@ def stored_batch_size(
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         # as long as a target may get: the shortest length allowed is the longest
         full = dataclasses.replace(decoder.decoding, min_new_tokens=decoder.decoding.max_new_tokens)
-        probe = Decoder(decoder.model, decoder.tokenizer, full, decoder.scored, decoder.task_id, decoder.lockstep)
+        probe = Decoder(
+            decoder.model, decoder.tokenizer, full, decoder.scored, decoder.task_id, decoder.lockstep
+        )
         size = find_batch_size(lambda count: probe([rows.row(longest)] * count, [longest] * count), ranks)
 
     def store_size() -> None:
@@ -286,7 +300,9 @@ def stored_batch_size(
 
 
 def fingerprint(rows: Any, count: int) -> str:
-    """A checksum of the first `count` rows' ids and token ids: predictions are used again only for the very same inputs."""
+    """A checksum of the first `count` rows' ids and token ids: predictions are used again only for the very
+    same inputs.
+    """
     digest = hashlib.sha256()
     for number in range(count):
         row = rows.row(number)
@@ -326,7 +342,9 @@ def merge(
         if len(found) == len(examples):
             break
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{path}: {len(examples) - len(found)} of {len(examples)} rows are in no part file")
+            raise RuntimeError(
+                f"{path}: {len(examples) - len(found)} of {len(examples)} rows are in no part file"
+            )
         time.sleep(0.5)
     stamp_path(path).unlink(missing_ok=True)
     with atomic_writer(path) as stream:
@@ -339,7 +357,9 @@ def merge(
 
 
 def prediction_record(prediction: Prediction, example: Any, chunked: bool) -> dict[str, Any]:
-    """One line of a predictions file: id, prediction, its tokens and target; for a chunk also its question and score."""
+    """One line of a predictions file: id, prediction, its tokens and target; for a chunk also its question
+    and score.
+    """
     record: dict[str, Any] = {"id": prediction.id, "prediction": prediction.text, "target": example.target}
     if chunked:
         record |= {"question": example.group, "score": prediction.score}
@@ -357,7 +377,11 @@ def score(
     if chunked:
         answers, questions = answer_questions(records, examples, mean=settings.mrqa_score == "mean")
         texts, examples = list(answers.values()), list(questions.values())
-        notes |= {"chunks": len(records), "empty_answers": sum(not text for text in texts), "chunk_score": settings.mrqa_score}
+        notes |= {
+            "chunks": len(records),
+            "empty_answers": sum(not text for text in texts),
+            "chunk_score": settings.mrqa_score,
+        }
         write_official(answers, path.with_suffix(".official.json"))
     scores = compute_scores(task, texts, examples)
     seconds = json.loads(stamp_path(path).read_text())["seconds"]

@@ -1,7 +1,8 @@
-"""`hdscale evaluate`: evaluate a run, an export, any seq2seq checkpoint, or an extractive-QA checkpoint on MRQA.
+"""`hdscale evaluate`: evaluate a run, an export, any seq2seq checkpoint, or an extractive-QA checkpoint on
+MRQA.
 
-One process, or one for each rank under `srun` and `torchrun`. What is decoded is kept in the output folder: run again after an
-interruption, it goes on.
+One process, or one for each rank under `srun` and `torchrun`. What is decoded is kept in the output folder:
+run again after an interruption, it goes on.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
     parser.add_argument("--tasks", metavar="A,B", help="tasks or mixtures; default: the run's")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each task")
-    parser.add_argument("--output", metavar="DIR", help="folder of predictions and results; default: RUN/evaluation, or ./evaluation")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder of predictions and results; default: RUN/evaluation, or ./evaluation",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     if choice.kind() == "extractive":
         for task in tasks:
             if task.reader != "hdscale.data.mrqa":
-                raise UserError(f"task {task.name}: an extractive checkpoint can only be evaluated on MRQA tasks")
+                raise UserError(
+                    f"task {task.name}: an extractive checkpoint can only be evaluated on MRQA tasks"
+                )
     folder = Path(args.output or (Path(args.run_folder) / "evaluation" if args.run_folder else "evaluation"))
     make_folder(folder)
     ranks = start_ranks(config, choice)
@@ -81,7 +88,9 @@ def tasks_of(args: argparse.Namespace, config: Config) -> list[Task]:
     elif args.run_folder is None:
         exported = Path(args.model) / "hdscale_config.json"
         if not exported.is_file():
-            raise UserError("say which tasks to evaluate on: --tasks rte,mnli (or a mixture: glue, mrqa, summ_nli)")
+            raise UserError(
+                "say which tasks to evaluate on: --tasks rte,mnli (or a mixture: glue, mrqa, summ_nli)"
+            )
         names = json.loads(exported.read_text()).get("tasks", [])
     tasks = expand_tasks(names, config.data)
     for task in tasks:
@@ -115,7 +124,13 @@ def start_ranks(config: Config, choice: Choice) -> Any:
 
 
 def evaluate_loaded(
-    loaded: Loaded, tasks: list[Task], split: str, config: Config, folder: Path, limit: int | None, ranks: RankGroup
+    loaded: Loaded,
+    tasks: list[Task],
+    split: str,
+    config: Config,
+    folder: Path,
+    limit: int | None,
+    ranks: RankGroup,
 ) -> dict[str, SplitResult]:
     """{task: result} of a loaded model, whatever its kind."""
     results = {}
@@ -135,7 +150,14 @@ def evaluate_loaded(
             else:
                 task_id = loaded.task_ids.get(task.name, -1) if loaded.task_ids else None
                 results[task.name] = evaluate_split(
-                    loaded.model, loaded.tokenizer, task, split, config.eval, data=config.data, task_id=task_id, **common
+                    loaded.model,
+                    loaded.tokenizer,
+                    task,
+                    split,
+                    config.eval,
+                    data=config.data,
+                    task_id=task_id,
+                    **common,
                 )
     return results
 
@@ -163,7 +185,9 @@ class ProgressBars:
         self.bar.update(self.tasks[name], completed=done)
 
 
-def report(results: dict[str, SplitResult], tasks: list[Task], args: argparse.Namespace, folder: Path) -> None:
+def report(
+    results: dict[str, SplitResult], tasks: list[Task], args: argparse.Namespace, folder: Path
+) -> None:
     """Write `results.<split>.json` and print the table."""
     metrics = {name: result.metrics for name, result in results.items()}
     found = averages(tasks, metrics)
@@ -193,7 +217,11 @@ def report(results: dict[str, SplitResult], tasks: list[Task], args: argparse.Na
         table.add_row(name, "", f"{value:.2f}", "")
     console = Console()
     console.print(table)
-    splitters = {result.notes["sentence_splitter"] for result in results.values() if "sentence_splitter" in result.notes}
+    splitters = {
+        result.notes["sentence_splitter"]
+        for result in results.values()
+        if "sentence_splitter" in result.notes
+    }
     if splitters:
         console.print(f"ROUGE-Lsum sentences by: {', '.join(sorted(splitters))}")
     console.print(f"written: {path}", soft_wrap=True)

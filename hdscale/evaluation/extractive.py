@@ -1,4 +1,6 @@
-"""Extractive-QA checkpoints on MRQA tasks: the likeliest span of each window, then the same protocol as for generated answers."""
+"""Extractive-QA checkpoints on MRQA tasks: the likeliest span of each window, then the same protocol as for
+generated answers.
+"""
 
 from __future__ import annotations
 
@@ -49,13 +51,16 @@ class Windows:
 def windows_of(
     task: Task, split: str, tokenizer: Any, data: DataSettings, limit: int | None
 ) -> tuple[Windows, list[Example]]:
-    """The windows of a split's questions, and one example for each of them (its question is the example's `group`).
+    """The windows of a split's questions, and one example for each of them (its question is the example's
+    `group`).
 
     Raises:
         UserError: the tokenizer knows no offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{type(tokenizer).__name__} does not map tokens to characters; use a model with a fast tokenizer")
+        raise UserError(
+            f"{type(tokenizer).__name__} does not map tokens to characters; use a model with a fast tokenizer"
+        )
     length = min(data.max_source_length, tokenizer.model_max_length)
     windows, examples = [], []
     for question in questions(task, split, data, limit):
@@ -78,18 +83,24 @@ def windows_of(
             ]
             id = f"{question.id}#{number}"
             windows.append(Window(id, ids, encoded["token_type_ids"][number], offsets, question.context))
-            examples.append(Example(question.source, question.target, task.name, id, question.references, question.id))
+            examples.append(
+                Example(question.source, question.target, task.name, id, question.references, question.id)
+            )
     return Windows(windows), examples
 
 
 def shortened(text: str, tokenizer: Any, most: int) -> str:
     """The beginning of a question that would leave less than half of the window to the context."""
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+        "offset_mapping"
+    ]
     return text if len(offsets) <= most else text[: offsets[most - 1][1]]
 
 
 class SpanDecoder:
-    """The best span of each window; `score` is the sum of its start and end logits, comparable between windows of a question."""
+    """The best span of each window; `score` is the sum of its start and end logits, comparable between
+    windows of a question.
+    """
 
     decoding = Decoding(MAX_ANSWER_TOKENS)
     scored, task_id, lockstep = True, None, False
@@ -99,9 +110,13 @@ class SpanDecoder:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Window], numbers: Sequence[int]) -> list[Prediction]:
-        input_ids, attention_mask = pad([row.input_ids for row in rows], self.tokenizer.pad_token_id, self.model.device)
+        input_ids, attention_mask = pad(
+            [row.input_ids for row in rows], self.tokenizer.pad_token_id, self.model.device
+        )
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if getattr(self.model.config, "type_vocab_size", 0) > 1:  # BERT's segments; RoBERTa and DistilBERT have none
+        if (
+            getattr(self.model.config, "type_vocab_size", 0) > 1
+        ):  # BERT's segments; RoBERTa and DistilBERT have none
             inputs["token_type_ids"] = pad([row.token_types for row in rows], 0, self.model.device)[0]
         found = self.model(**inputs)
         starts, ends = found.start_logits.float().cpu().numpy(), found.end_logits.float().cpu().numpy()
@@ -113,8 +128,12 @@ class SpanDecoder:
 
 
 def best_span(window: Window, starts: np.ndarray, ends: np.ndarray) -> tuple[str, int, float]:
-    """(text, tokens, score) of the likeliest span of context tokens, at most `MAX_ANSWER_TOKENS` long; empty without context."""
-    inside = [place for place, offset in enumerate(window.offsets) if offset is not None and offset[0] < offset[1]]
+    """(text, tokens, score) of the likeliest span of context tokens, at most `MAX_ANSWER_TOKENS` long; empty
+    without context.
+    """
+    inside = [
+        place for place, offset in enumerate(window.offsets) if offset is not None and offset[0] < offset[1]
+    ]
     if not inside:
         return "", 0, float(starts[0] + ends[0])
     low, high = inside[0], inside[-1] + 1

@@ -1,4 +1,4 @@
-"""A model to decode with: a run, an export, any seq2seq checkpoint of transformers, or an extractive-QA one."""
+"""A model to decode with: a run, an export, any seq2seq checkpoint, or an extractive-QA one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What the user asked to load: `run` (a run's folder) or `model` (an export, a checkpoint folder or a hub id)."""
+    """What the user asked to load: `run` (a run's folder) or `model` (an export, a checkpoint folder or a hub
+    id).
+    """
 
     run: str | None = None
     model: str | None = None
@@ -51,7 +53,8 @@ class Choice:
             for name in ("config.yaml", "adapter"):
                 if not (Path(self.run) / name).exists():
                     raise UserError(
-                        f"{self.run}: no {name}; --run takes the folder of a finished run (runs/NAME), --model an export or checkpoint"
+                        f"{self.run}: no {name}; --run takes the folder of a finished run (runs/NAME), "
+                        "--model an export or checkpoint"
                     )
         elif "/" not in str(self.model) and not Path(str(self.model)).exists():
             raise UserError(f"--model {self.model}: no such folder, and no hub id (OWNER/NAME)")
@@ -82,7 +85,10 @@ class Choice:
         if any(one.endswith("ForQuestionAnswering") for one in described.architectures or []):
             return "extractive"
         if not described.is_encoder_decoder:
-            raise UserError(f"--model {name}: a {described.model_type} model is neither sequence-to-sequence nor extractive QA")
+            raise UserError(
+                f"--model {name}: a {described.model_type} model is neither sequence-to-sequence nor "
+                "extractive QA"
+            )
         return "seq2seq"
 
     @property
@@ -97,7 +103,9 @@ class Choice:
         """
         self.check()
         device = self.torch_device
-        dtype = DTYPES[self.dtype or (config.train.dtype if self.run else "bf16" if device.type == "cuda" else "fp32")]
+        dtype = DTYPES[
+            self.dtype or (config.train.dtype if self.run else "bf16" if device.type == "cuda" else "fp32")
+        ]
         kind = self.kind()
         if kind == "run":
             return self._load_run(config, dtype, device)
@@ -106,7 +114,9 @@ class Choice:
         return self._load_checkpoint(kind == "extractive", dtype, device)
 
     def _load_run(self, config: Config, dtype: torch.dtype, device: torch.device) -> Loaded:
-        """A run's exported trainables on the base that it was trained on (a random base is that of the run's seed)."""
+        """A run's exported trainables on the base that it was trained on (a random base is that of the run's
+        seed).
+        """
         from hdscale.modeling.base import tokenizer_name
         from hdscale.modeling.export import load_trainables
         from hdscale.modeling.model import build_model
@@ -144,7 +154,9 @@ class Choice:
                 model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False).to(device).eval()
         except (OSError, ValueError) as error:
             raise unreadable(name, error) from error
-        return Loaded(model if extractive else Seq2Seq(model), tokenizer, {}, version_of(Path(name)), extractive)
+        return Loaded(
+            model if extractive else Seq2Seq(model), tokenizer, {}, version_of(Path(name)), extractive
+        )
 
 
 def unreadable(name: str, error: Exception) -> UserError:
@@ -159,7 +171,9 @@ class Seq2Seq(nn.Module):
         super().__init__()
         self.base = base
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None = None, **arguments: Any) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None = None, **arguments: Any
+    ) -> Tensor:
         """Token ids [B, T'], the decoder's start token first."""
         return self.base.generate(input_ids=input_ids, attention_mask=attention_mask, **arguments)
 
@@ -167,7 +181,9 @@ class Seq2Seq(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, task_ids: Tensor | None = None
     ) -> Tensor:
         """Summed token log-likelihood of the labels (-100 ignored), float32 [B]."""
-        logits = self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).logits
+        logits = self.base(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False
+        ).logits
         token = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
         return -token.sum(dim=1)
 
@@ -177,7 +193,7 @@ def ids_of(tasks: list[str]) -> dict[str, int]:
 
 
 def version_of(place: Path) -> str:
-    """A short name of a model's weights: its place, with sizes and times of the files where it is a folder."""
+    """A short name of a model's weights: its place, and sizes and times of a folder's files."""
     described = [str(place)]
     if place.is_dir():
         for path in sorted(place.iterdir()):

@@ -1,7 +1,9 @@
-"""Metrics as `evaluate.Metric` subclasses inside the package, so that nothing is fetched from the hub at run time.
+"""Metrics as `evaluate.Metric` subclasses inside the package, so that nothing is fetched from the hub at run
+time.
 
-Every value is ×100 (correlations too), as in the paper's tables. Predictions are generated strings: a string that is none of a
-task's labels, or not a number, is a wrong prediction and is counted in the notes that go with the metrics.
+Every value is ×100 (correlations too), as in the paper's tables. Predictions are generated strings: a string
+that is none of a task's labels, or not a number, is a wrong prediction and is counted in the notes that go
+with the metrics.
 """
 
 from __future__ import annotations
@@ -23,24 +25,31 @@ from hdscale.errors import UserError, nearest
 from hdscale.evaluation.text import exact_match, parse_number, punkt_splitter, split_sentences, token_f1
 
 UNREADABLE_NUMBER = -1.0
-"""What a prediction that is no number stands for in a correlation (T5's convention: outside the scale, at its lower end)."""
+"""What a prediction that is no number stands for in a correlation (T5's convention: outside the scale, at its
+lower end).
+"""
 OTHER = "<neither>"
 """The class of all predictions that are none of the task's labels."""
 
-_STRINGS = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+_STRINGS = datasets.Features(
+    {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+)
 _MANY_REFERENCES = datasets.Features(
     {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
 )
 
 
 class TextMetric(evaluate.Metric):
-    """A metric of generated strings against one gold string each, or against a list of them (`many_references`)."""
+    """A metric of generated strings against one gold string each, or against a list of them
+    (`many_references`).
+    """
 
     description = ""
     many_references = False
 
     def __init__(self, **options: Any) -> None:
-        # in memory, and its (empty) working folder beside other temporary files: a home folder may be read-only or full
+        # in memory, and its (empty) working folder beside other temporary files: a home folder may be
+        # read-only or full
         with tempfile.TemporaryDirectory(prefix="hdscale-metric-") as folder:
             super().__init__(keep_in_memory=True, cache_dir=folder, seed=0, **options)
 
@@ -63,7 +72,9 @@ class Accuracy(TextMetric):
 
 
 class BinaryF1(TextMetric):
-    """F1 of the positive class, ×100; a prediction that is neither label counts as the wrong one (false positive or negative)."""
+    """F1 of the positive class, ×100; a prediction that is neither label counts as the wrong one (false
+    positive or negative).
+    """
 
     description = "binary F1 of generated labels"
 
@@ -81,7 +92,9 @@ class BinaryF1(TextMetric):
 
 
 class MacroF1(TextMetric):
-    """Unweighted mean over the task's labels of each label's F1, ×100; other predictions are misses of the gold label."""
+    """Unweighted mean over the task's labels of each label's F1, ×100; other predictions are misses of the
+    gold label.
+    """
 
     description = "macro-averaged F1 of generated labels"
 
@@ -89,12 +102,16 @@ class MacroF1(TextMetric):
         self, predictions: list[str], references: list[str], labels: Sequence[str] | None = None
     ) -> dict[str, float]:
         labels = list(labels) if labels else sorted(set(references))
-        value = sklearn_metrics.f1_score(references, predictions, labels=labels, average="macro", zero_division=0.0)
+        value = sklearn_metrics.f1_score(
+            references, predictions, labels=labels, average="macro", zero_division=0.0
+        )
         return {"macro_f1": 100 * float(value)}
 
 
 class Matthews(TextMetric):
-    """Matthews correlation, ×100; predictions that are no label form one further class, never right (multi-class coefficient)."""
+    """Matthews correlation, ×100; predictions that are no label form one further class, never right
+    (multi-class coefficient).
+    """
 
     description = "Matthews correlation of generated labels"
 
@@ -108,7 +125,8 @@ class Matthews(TextMetric):
 class Correlations(TextMetric):
     """Pearson and Spearman correlation of generated numbers, ×100.
 
-    Any number decodes; what is none stands for `UNREADABLE_NUMBER`. An undefined correlation (all predictions equal) is 0.
+    Any number decodes; what is none stands for `UNREADABLE_NUMBER`. An undefined correlation (all predictions
+    equal) is 0.
     """
 
     description = "Pearson and Spearman correlation of generated numbers"
@@ -129,7 +147,8 @@ class Correlations(TextMetric):
 
 
 class Rouge(TextMetric):
-    """ROUGE-1, -2, -L and -Lsum F-measure with the Porter stemmer, mean over rows, ×100; the best of several references.
+    """ROUGE-1, -2, -L and -Lsum F-measure with the Porter stemmer, mean over rows, ×100; the best of several
+    references.
 
     For Lsum a text is split into sentences by NLTK's punkt if its data are on this machine, else by
     `split_sentences`; `splitter_name()` says which.
@@ -145,14 +164,18 @@ class Rouge(TextMetric):
         sums = dict.fromkeys(names, 0.0)
         for predicted, gold in zip(predictions, references, strict=True):
             scores = whole.score_multi(gold, predicted)
-            scores |= summary.score_multi(["\n".join(split(text)) for text in gold], "\n".join(split(predicted)))
+            scores |= summary.score_multi(
+                ["\n".join(split(text)) for text in gold], "\n".join(split(predicted))
+            )
             for name in names:
                 sums[name] += scores[name].fmeasure
         return {name: 100 * total / len(predictions) for name, total in sums.items()}
 
 
 class ExtractiveQA(TextMetric):
-    """Exact match and token F1 under SQuAD's normalisation, the best over all gold answers, mean over questions, ×100."""
+    """Exact match and token F1 under SQuAD's normalisation, the best over all gold answers, mean over
+    questions, ×100.
+    """
 
     description = "exact match and token F1 of generated answers"
     many_references = True
@@ -189,15 +212,21 @@ def sentence_splitter() -> tuple[str, Callable[[str], list[str]]]:
 
 
 def check_metrics(task: Any) -> None:
-    """Raise UserError if a task names a metric that its kind does not have, or a binary one without two labels."""
+    """Raise UserError if a task names a metric that its kind does not have, or a binary one without two
+    labels.
+    """
     known = METRICS.get(task.kind)
     if known is None:
         raise UserError(f"task {task.name}: unknown kind '{task.kind}'{nearest(str(task.kind), METRICS)}")
     if not task.metrics:
-        raise UserError(f"task {task.name}: names no metric; known for kind '{task.kind}': {', '.join(known)}")
+        raise UserError(
+            f"task {task.name}: names no metric; known for kind '{task.kind}': {', '.join(known)}"
+        )
     for name in task.metrics:
         if name not in known:
-            raise UserError(f"task {task.name}: kind '{task.kind}' has no metric '{name}'{nearest(name, known)}")
+            raise UserError(
+                f"task {task.name}: kind '{task.kind}' has no metric '{name}'{nearest(name, known)}"
+            )
         if known[name] is BinaryF1 and len(task.labels or ()) != 2:
             raise UserError(f"task {task.name}: metric f1 needs exactly two labels; use macro_f1 for more")
 
@@ -218,7 +247,9 @@ def compute(task: Any, predictions: Sequence[str], examples: Sequence[Any]) -> d
 
 
 def compute_scores(task: Any, predictions: Sequence[str], examples: Sequence[Any]) -> Scores:
-    """`compute`, with notes: rows, unreadable predictions (label and number tasks), the sentence splitter (ROUGE)."""
+    """`compute`, with notes: rows, unreadable predictions (label and number tasks), the sentence splitter
+    (ROUGE).
+    """
     check_metrics(task)
     if len(predictions) != len(examples):
         raise ValueError(f"{len(predictions)} predictions for {len(examples)} examples of {task.name}")
@@ -231,8 +262,12 @@ def compute_scores(task: Any, predictions: Sequence[str], examples: Sequence[Any
         notes["unreadable"] = unreadable
     values: dict[str, float] = {}
     for metric in dict.fromkeys(METRICS[task.kind][name] for name in task.metrics):
-        options = {"labels": list(task.labels)} if metric in (BinaryF1, MacroF1, Matthews) and task.labels else {}
-        references = [gold_texts(example) if metric.many_references else example.target.strip() for example in examples]
+        options = (
+            {"labels": list(task.labels)} if metric in (BinaryF1, MacroF1, Matthews) and task.labels else {}
+        )
+        references = [
+            gold_texts(example) if metric.many_references else example.target.strip() for example in examples
+        ]
         values |= metric().compute(predictions=predictions, references=references, **options)
         if metric is Rouge:
             notes["sentence_splitter"] = sentence_splitter()[0]
@@ -248,7 +283,9 @@ def gold_texts(example: Any) -> list[str]:
 
 
 def count_unreadable(task: Any, predictions: Sequence[str]) -> int | None:
-    """How many predictions are none of the labels (label tasks) or no number (number tasks); None for other kinds."""
+    """How many predictions are none of the labels (label tasks) or no number (number tasks); None for other
+    kinds.
+    """
     if task.kind == "label" and task.labels:
         return sum(text not in task.labels for text in predictions)
     if task.kind == "number":

@@ -1,7 +1,9 @@
-"""From answers of chunks to answers of questions (Section 3.1.2), and the official evaluator's prediction files.
+"""From answers of chunks to answers of questions (Section 3.1.2), and the official evaluator's prediction
+files.
 
-Every chunk of a question is decoded and scored by the summed log-likelihood of the tokens generated, </s> included (the empty answer
-is `</s>` alone and is scored too). The likeliest non-empty answer is the question's; it is empty if all are.
+Every chunk of a question is decoded and scored by the summed log-likelihood of the tokens generated, </s>
+included (the empty answer is `</s>` alone and is scored too). The likeliest non-empty answer is the
+question's; it is empty if all are.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def best_answer(chunks: Sequence[Mapping[str, Any]], mean: bool = False) -> str:
 
 
 UNANSWERED = "\0"
-"""Stands for a question that a prediction file lacks: it matches no answer (an empty prediction would match the answer "The")."""
+"""Stands for a question that a prediction file lacks: it matches no answer (an empty prediction would match
+the answer "The").
+"""
 
 
 def is_chunked(examples: Sequence[Any]) -> bool:
@@ -83,7 +87,8 @@ def answer_questions(
 def to_official(answers: Mapping[str, str]) -> dict[str, str]:
     """{qid: answer} as the shared task's evaluator reads it.
 
-    Where a file repeats a qid, the later question's answer stands, as the later gold answers do in the official evaluator.
+    Where a file repeats a qid, the later question's answer stands, as the later gold answers do in the
+    official evaluator.
     """
     qids = official_ids(answers)
     return {qids[question]: answer for question, answer in answers.items()}
@@ -96,7 +101,8 @@ def write_official(answers: Mapping[str, str], path: str | Path) -> None:
 
 
 def read_official(path: str | Path, questions: Iterable[str]) -> dict[str, str]:
-    """{question id: answer} of an official prediction file for these question ids; one that it lacks is `UNANSWERED`, and wrong.
+    """{question id: answer} of an official prediction file for these question ids; one that it lacks is
+    `UNANSWERED`, and wrong.
 
     Raises:
         UserError: not a JSON object of strings.

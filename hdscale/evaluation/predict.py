@@ -1,8 +1,9 @@
 """`hdscale predict`: JSON lines in, JSON lines out, in order, in bounded memory.
 
-Rows are read a window at a time; inside a window they are sorted by length and decoded in batches, and written in the order in which they
-came. `{"source": "any text"}` is read as it is; with `--task` or a field `task`, a row has the task's columns. The question and context
-of an MRQA task are cut into chunks, and the likeliest answer is kept (Section 3.1.2).
+Rows are read a window at a time; inside a window they are sorted by length and decoded in batches, and
+written in the order in which they came. `{"source": "any text"}` is read as it is; with `--task` or a field
+`task`, a row has the task's columns. The question and context of an MRQA task are cut into chunks, and the
+likeliest answer is kept (Section 3.1.2).
 """
 
 from __future__ import annotations
@@ -42,12 +43,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The model to use, the same for `predict` and `evaluate`."""
     # `args.run` is the function of the verb
     parser.add_argument("--run", dest="run_folder", metavar="DIR", help="folder of a finished run")
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="export, or checkpoint folder or hub id of transformers")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_ID", help="export, or checkpoint folder or hub id of transformers"
+    )
     parser.add_argument("--tokenizer", metavar="DIR_OR_ID", help="default: the model's own")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="default: the run's; else bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="default: the run's; else bf16 on a GPU, fp32 on a CPU"
+    )
     parser.add_argument("--batch-size", type=positive, metavar="N", help="rows decoded at once")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's (data.root=..., eval.num_beams=4)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings over the run's (data.root=..., eval.num_beams=4)",
+    )
 
 
 def choice_of(args: argparse.Namespace) -> Choice:
@@ -65,12 +75,25 @@ def positive(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--input", required=True, metavar="FILE|-", help="JSON lines (.gz is unpacked); - is standard input")
+    parser.add_argument(
+        "--input", required=True, metavar="FILE|-", help="JSON lines (.gz is unpacked); - is standard input"
+    )
     parser.add_argument("--output", required=True, metavar="FILE|-", help="JSON lines; - is standard output")
-    parser.add_argument("--task", metavar="NAME", help="task of rows without a field `task`; default: free text")
-    parser.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="rows that cannot be used (default: stop)")
-    parser.add_argument("--scores", action="store_true", help="also write the log-likelihood of each prediction")
-    parser.add_argument("--window", type=positive, default=WINDOW, metavar="N", help=f"rows in memory at once ({WINDOW})")
+    parser.add_argument(
+        "--task", metavar="NAME", help="task of rows without a field `task`; default: free text"
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="rows that cannot be used (default: stop)",
+    )
+    parser.add_argument(
+        "--scores", action="store_true", help="also write the log-likelihood of each prediction"
+    )
+    parser.add_argument(
+        "--window", type=positive, default=WINDOW, metavar="N", help=f"rows in memory at once ({WINDOW})"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
 
 
@@ -78,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
     choice = choice_of(args)
     choice.check()
     if choice.kind() == "extractive":
-        raise UserError("predict generates text; an extractive checkpoint can be evaluated: hdscale evaluate --model ...")
+        raise UserError(
+            "predict generates text; an extractive checkpoint can be evaluated: hdscale evaluate --model ..."
+        )
     config = choice.config(args.overrides)
     find_task = functools.cache(lambda name: get_task(name, config.data))
     default = find_task(args.task) if args.task else None
@@ -117,11 +142,14 @@ class Predictor:
     Args:
         loaded: the model.
         config: lengths and beams (`data.*`, `eval.*`).
-        batch_size: rows at once; default: `eval.batch_size`, else by device. Halved where memory does not suffice.
+        batch_size: rows at once; default: `eval.batch_size`, else by device. Halved where memory does not
+            suffice.
         scored: also return log-likelihoods.
     """
 
-    def __init__(self, loaded: Loaded, config: Config, batch_size: int | None = None, scored: bool = False) -> None:
+    def __init__(
+        self, loaded: Loaded, config: Config, batch_size: int | None = None, scored: bool = False
+    ) -> None:
         self.loaded, self.config, self.scored = loaded, config, scored
         device = next(loaded.model.parameters()).device
         default = GPU_BATCH_SIZE if device.type == "cuda" else CPU_BATCH_SIZE
@@ -133,17 +161,25 @@ class Predictor:
             yield from self.answer(group)
 
     def answer(self, requests: list[Request]) -> list[dict[str, Any]]:
-        """The output rows of some requests: `line`, `id` (where the row has one), `prediction`, `score` (where asked for)."""
+        """The output rows of some requests: `line`, `id` (where the row has one), `prediction`, `score`
+        (where asked for).
+        """
         tokenize_requests(requests, self.loaded.tokenizer, self.config.data)
         pieces = [(number, ids) for number, request in enumerate(requests) for ids in request.pieces]
         groups: dict[tuple[Any, ...], list[int]] = {}
         for place, (number, _) in enumerate(pieces):
             request = requests[number]
-            groups.setdefault((self.decoding(request.task), request.chunked, self.task_id(request.task)), []).append(place)
+            groups.setdefault(
+                (self.decoding(request.task), request.chunked, self.task_id(request.task)), []
+            ).append(place)
         found: list[Prediction | None] = [None] * len(pieces)
         for (decoding, chunked, task_id), places in groups.items():
             decoder = Decoder(
-                self.loaded.model, self.loaded.tokenizer, decoding, scored=chunked or self.scored, task_id=task_id
+                self.loaded.model,
+                self.loaded.tokenizer,
+                decoding,
+                scored=chunked or self.scored,
+                task_id=task_id,
             )
             places.sort(key=lambda place: (-len(pieces[place][1]), place))
             start = 0
@@ -165,7 +201,9 @@ class Predictor:
     def shrink(self, error: BaseException) -> None:
         """Halve the batches; give up where a single row is too much."""
         if self.batch_size == 1:
-            raise UserError("not one row can be decoded in this device's memory; lower data.max_source_length") from error
+            raise UserError(
+                "not one row can be decoded in this device's memory; lower data.max_source_length"
+            ) from error
         self.batch_size = max(1, self.batch_size // 2)
         torch.cuda.empty_cache()
 
@@ -173,7 +211,9 @@ class Predictor:
         """How a task's rows are decoded; free text by `data.max_target_length` and `eval.num_beams`."""
         if task is None:
             return Decoding(self.config.data.max_target_length, self.config.eval.num_beams)
-        return task_decoding(task, self.loaded.tokenizer, self.config.eval, self.config.data.max_target_length)
+        return task_decoding(
+            task, self.loaded.tokenizer, self.config.eval, self.config.data.max_target_length
+        )
 
     def task_id(self, task: Task | None) -> int | None:
         """The task's id in the model; -1 for free text and for a task that it was not trained on."""
@@ -185,9 +225,13 @@ class Predictor:
         """One output row; the answers of a question's chunks become one."""
         best = parts[0]
         if request.chunked:
-            records = [{"prediction": part.text, "score": part.score, "tokens": part.tokens} for part in parts]
+            records = [
+                {"prediction": part.text, "score": part.score, "tokens": part.tokens} for part in parts
+            ]
             chosen = best_chunk(records, mean=self.config.eval.mrqa_score == "mean")
-            best = dataclasses.replace(parts[chosen or 0], text="" if chosen is None else parts[chosen].text.strip())
+            best = dataclasses.replace(
+                parts[chosen or 0], text="" if chosen is None else parts[chosen].text.strip()
+            )
         row: dict[str, Any] = {"line": request.line}
         if request.id is not None:
             row["id"] = request.id
@@ -203,7 +247,9 @@ def check_output(output: str, source: str) -> None:
         return
     path = Path(output)
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"--output {output}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}")
+        raise UserError(
+            f"--output {output}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}"
+        )
     if source != "-" and path.resolve() == Path(source).resolve():
         raise UserError(f"--output {output}: is the input too; give another name")
     try:
@@ -221,7 +267,9 @@ def partial_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def writing(output: str) -> Iterator[IO[str]]:
-    """A stream for the predictions; a file gets its name when all are in it, and is `NAME.partial` until then."""
+    """A stream for the predictions; a file gets its name when all are in it, and is `NAME.partial` until
+    then.
+    """
     if output == "-":
         yield sys.stdout
         sys.stdout.flush()
@@ -233,7 +281,9 @@ def writing(output: str) -> Iterator[IO[str]]:
     except UserError as error:
         raise UserError(f"{error} (predictions so far: {partial_path(path)})") from error
     except OSError as error:
-        raise UserError(f"{partial_path(path)}: {error.strerror or error}; free some space and run again") from error
+        raise UserError(
+            f"{partial_path(path)}: {error.strerror or error}; free some space and run again"
+        ) from error
     partial_path(path).replace(path)
 
 
@@ -250,6 +300,8 @@ def progress_bar(console: Console, quiet: bool) -> Iterator[Callable[[int], None
     if quiet or not console.is_terminal:
         yield lambda rows: None
         return
-    with Progress(TextColumn("predict"), MofNCompleteColumn(), RateColumn(), TimeElapsedColumn(), console=console) as bar:
+    with Progress(
+        TextColumn("predict"), MofNCompleteColumn(), RateColumn(), TimeElapsedColumn(), console=console
+    ) as bar:
         rows = bar.add_task("predict", total=None)
         yield lambda count: bar.advance(rows, count)

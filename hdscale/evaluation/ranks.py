@@ -1,4 +1,6 @@
-"""What evaluation needs of a group of ranks; `hdscale.engine.distributed.Ranks` has it, and so has one process alone."""
+"""What evaluation needs of a group of ranks; `hdscale.engine.distributed.Ranks` has it, and so has one
+process alone.
+"""
 
 from __future__ import annotations
 

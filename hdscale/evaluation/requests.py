@@ -1,4 +1,6 @@
-"""Lines of JSON to what the model reads: free text, a task's columns, or a question with its context cut into chunks."""
+"""Lines of JSON to what the model reads: free text, a task's columns, or a question with its context cut into
+chunks.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ FREE_TEXT = ("source", "text")
 
 @dataclasses.dataclass(slots=True)
 class Request:
-    """One input row: its line, the id it brought, its task (None: free text), and the token ids of its pieces.
+    """One input row: its line, the id it brought, its task (None: free text), and the token ids of its
+    pieces.
 
     All rows have one piece but questions with a long context, which have one for each chunk.
     """
@@ -58,7 +61,10 @@ def open_input(name: str) -> IO[bytes]:
 
 
 def read_requests(
-    stream: IO[bytes], default: Task | None, find_task: Callable[[str], Task], report: Callable[[BadRow], None]
+    stream: IO[bytes],
+    default: Task | None,
+    find_task: Callable[[str], Task],
+    report: Callable[[BadRow], None],
 ) -> Iterator[Request]:
     """The rows of a JSON lines stream, in order, in bounded memory; blank lines are passed over.
 
@@ -78,7 +84,9 @@ def read_requests(
                 report(error)
     except (EOFError, OSError) as error:
         # a cut-off archive has no further rows: skipping cannot go past it
-        raise UserError(f"input damaged or cut off after line {number} ({' '.join(str(error).split())})") from error
+        raise UserError(
+            f"input damaged or cut off after line {number} ({' '.join(str(error).split())})"
+        ) from error
 
 
 def parse(number: int, raw: bytes, default: Task | None, find_task: Callable[[str], Task]) -> Request:
@@ -116,7 +124,10 @@ def source_of(task: Task | None, row: Mapping[str, Any], where: str) -> str | Qu
         for name in FREE_TEXT:
             if name in row:
                 return whole_text(row[name], name, where)
-        raise UserError(f"{where}: no field '{FREE_TEXT[0]}'{nearest(FREE_TEXT[0], row)}; or name a task by --task or in 'task'")
+        raise UserError(
+            f"{where}: no field '{FREE_TEXT[0]}'{nearest(FREE_TEXT[0], row)}; or name a task by --task or in "
+            "'task'"
+        )
     if task.reader == "hdscale.data.mrqa":
         record = {"qid": "", "answers": [], "question": row.get("question")}
         for name in ("question", "context"):

@@ -14,11 +14,17 @@ class EvalSettings:
     limit: Optional[int] = setting(None, "at most so many validation rows a task (the test is always whole)")
     test_limit: Optional[int] = setting(None, "at most so many test rows a task (for trial runs)")
     batch_size: Optional[int] = setting(
-        None, "rows of one evaluation batch; default: the largest power of two that fits, found once and stored in the run"
+        None,
+        "rows of one evaluation batch; default: the largest power of two that fits, found once and stored "
+        "in the run",
     )
     select: str = setting(
-        "average", "which checkpoint is best: average (over tasks), metrics (mean over all metrics), per_task, a metric name, or last"
+        "average",
+        "which checkpoint is best: average (over tasks), metrics (mean over all metrics), per_task, a metric "
+        "name, or last",
     )
     num_beams: int = setting(1, "beams where the task does not state its own")
     test: bool = setting(True, "evaluate the test sets at the end")
-    mrqa_score: str = setting("sum", "a chunk's answer counts by its token log-likelihood: sum, or mean over its tokens")
+    mrqa_score: str = setting(
+        "sum", "a chunk's answer counts by its token log-likelihood: sum, or mean over its tokens"
+    )

@@ -1,7 +1,7 @@
 """Whether two sets of runs differ: tests over seeds, and Holm's correction where several tasks are compared.
 
-`hdscale analyze compare` uses them. A test needs several runs of each method: the scores of one run say nothing of the
-spread over seeds.
+`hdscale analyze compare` uses them. A test needs several runs of each method: the scores of one run say
+nothing of the spread over seeds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Comparison:
     Attributes:
         task: its name.
         first, second: mean scores (×100). difference: second minus first.
-        low, high: 95% interval of the difference (of the test's own kind; bootstrap percentiles for `wilcoxon`).
+        low, high: 95% interval of the difference (of the test's own kind; bootstrap percentiles for
+            `wilcoxon`).
         p: two-sided p-value. corrected: after Holm's correction over all comparisons made together.
         runs: runs of the first and the second method.
     """
@@ -54,12 +55,13 @@ def compare(
 
     Args:
         first, second: {task: one score a run}; for paired tests in the same order of seeds.
-        test: `paired-t`, `welch` (unequal variances), `wilcoxon` (signed ranks) or `bootstrap` (of the mean difference:
-            paired where both have equally many runs, else each method by itself).
+        test: `paired-t`, `welch` (unequal variances), `wilcoxon` (signed ranks) or `bootstrap` (of the mean
+            difference: paired where both have equally many runs, else each method by itself).
         resamples, seed: of the bootstrap.
 
     Raises:
-        UserError: an unknown test, no common task, fewer than two runs, unequal numbers of runs for a paired test.
+        UserError: an unknown test, no common task, fewer than two runs, unequal numbers of runs for a paired
+        test.
     """
     if test not in TESTS:
         raise UserError(f"unknown test '{test}'; known: {', '.join(TESTS)}")
@@ -75,7 +77,15 @@ def compare(
     corrected = holm([row[3] for row in rows])
     return [
         Comparison(
-            task, float(a.mean()), float(b.mean()), float(b.mean() - a.mean()), low, high, p, adjusted, (len(a), len(b))
+            task,
+            float(a.mean()),
+            float(b.mean()),
+            float(b.mean() - a.mean()),
+            low,
+            high,
+            p,
+            adjusted,
+            (len(a), len(b)),
         )
         for (task, a, b, p, low, high), adjusted in zip(rows, corrected, strict=True)
     ]
@@ -84,9 +94,13 @@ def compare(
 def check_runs(task: str, a: np.ndarray, b: np.ndarray, test: str) -> None:
     """Raise UserError where the runs do not suffice for the test."""
     if min(len(a), len(b)) < 2:
-        raise UserError(f"task {task}: {len(a)} and {len(b)} runs; a test needs at least 2 of each method (other seeds)")
+        raise UserError(
+            f"task {task}: {len(a)} and {len(b)} runs; a test needs at least 2 of each method (other seeds)"
+        )
     if test in PAIRED and len(a) != len(b):
-        raise UserError(f"task {task}: {len(a)} and {len(b)} runs; {test} pairs runs by seed: use welch or bootstrap")
+        raise UserError(
+            f"task {task}: {len(a)} and {len(b)} runs; {test} pairs runs by seed: use welch or bootstrap"
+        )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise UserError(f"task {task}: a score is not a finite number")
 
@@ -132,7 +146,9 @@ def bootstrap(a: np.ndarray, b: np.ndarray, resamples: int, seed: int) -> tuple[
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: each p times the number of hypotheses not yet rejected, never below a smaller one's."""
+    """Holm's step-down correction: each p times the number of hypotheses not yet rejected, never below a
+    smaller one's.
+    """
     count = len(p_values)
     adjusted = [math.nan] * count
     largest = 0.0

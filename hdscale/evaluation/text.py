@@ -34,7 +34,8 @@ def exact_match(prediction: str, answers: Iterable[str]) -> float:
 def token_f1(prediction: str, answers: Iterable[str]) -> float:
     """Best F1 over the gold answers of the bags of normalised tokens; 0.0 where no token is shared.
 
-    As in the official SQuAD v1.1 and MRQA definition, an empty prediction scores 0 even against an empty gold answer.
+    As in the official SQuAD v1.1 and MRQA definition, an empty prediction scores 0 even against an empty gold
+    answer.
     """
     predicted = Counter(normalize_answer(prediction).split())
     best = 0.0
@@ -77,8 +78,9 @@ def punkt_splitter() -> Callable[[str], list[str]] | None:
 def split_sentences(text: str) -> list[str]:
     """Sentences of an English text by rules alone, for machines without punkt's data.
 
-    A sentence ends at `.`, `!` or `?` (with closing quotes) before white space and a capital, a digit or an opening quote,
-    unless the full stop belongs to a common abbreviation or an initial; line breaks always end one.
+    A sentence ends at `.`, `!` or `?` (with closing quotes) before white space and a capital, a digit or an
+    opening quote, unless the full stop belongs to a common abbreviation or an initial; line breaks always end
+    one.
     """
     sentences: list[str] = []
     for line in text.splitlines():

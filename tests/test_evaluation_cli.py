@@ -242,8 +242,16 @@ def test_an_empty_context_has_an_empty_span():
     ],
 )
 def test_mistakes(
-    run_folder,  # noqa: F811 seq2seq_folder, bert_folder, mrqa_data, tmp_path, capsys, monkeypatch, arguments, message
-):  # noqa: F811
+    run_folder,  # noqa: F811
+    seq2seq_folder,
+    bert_folder,
+    mrqa_data,
+    tmp_path,
+    capsys,
+    monkeypatch,
+    arguments,
+    message,
+):
     monkeypatch.chdir(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"one": "cat", "label": "no"}\n')

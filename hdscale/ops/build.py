@@ -27,7 +27,7 @@ import torch
 
 SOURCE_FOLDER = Path(__file__).parent / "csrc"
 SOURCES = {
-    "cpp": ("cpu_ops.cpp", "cpu_generic.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp"),
+    "cpp": ("cpu_ops.cpp", "cpu_generic.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp", "cpu_avx512_bf16.cpp"),
     "cuda": ("cuda_ops.cu",),
 }
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11's

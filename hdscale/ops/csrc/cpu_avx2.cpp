@@ -15,6 +15,7 @@
 #endif
 
 #define VECTOR_BYTES 32
+#define BRAIN_DOT 0
 #define REGISTER_ROWS 4
 namespace hdscale {
 namespace avx2 {

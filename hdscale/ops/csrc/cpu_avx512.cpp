@@ -15,6 +15,7 @@
 #endif
 
 #define VECTOR_BYTES 64
+#define BRAIN_DOT 0
 #define REGISTER_ROWS 8
 namespace hdscale {
 namespace avx512 {

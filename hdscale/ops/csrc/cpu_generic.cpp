@@ -7,6 +7,7 @@
 #include "cpu_kernels.h"
 
 #define VECTOR_BYTES 16
+#define BRAIN_DOT 0
 #define REGISTER_ROWS 4
 namespace hdscale {
 namespace generic {

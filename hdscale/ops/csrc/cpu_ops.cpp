@@ -24,7 +24,7 @@ Pool aten_pool() {
           }};
 }
 
-// The best instruction set of this processor, or the one named by HDSCALE_CPU_KERNELS if the processor has it.
+// The best instruction set of this processor, at most the one that HDSCALE_CPU_KERNELS names.
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
 #if defined(__x86_64__)
@@ -34,8 +34,10 @@ const Kernels& kernels() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && (name.empty() || name == "avx512")) return kernels_avx512;
-    if (avx2 && (name.empty() || name == "avx2" || name == "avx512")) return kernels_avx2;
+    const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (avx512_bf16 && (name.empty() || name == "avx512_bf16")) return kernels_avx512_bf16;
+    if (avx512 && name != "avx2" && name != "generic") return kernels_avx512;
+    if (avx2 && name != "generic") return kernels_avx2;
 #endif
     return kernels_generic;
   }();

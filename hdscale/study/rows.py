@@ -1,0 +1,161 @@
+"""The runs of a study as rows of numbers, and which axis moves which of them."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hdscale.study.store import Store, read_lines
+
+TAIL = 0.1
+"""Share of a run's logged steps, the last ones, whose mean is its training loss."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished run.
+
+    Attributes:
+        name: of the run. point: {axis: point}. method: name of the method.
+        parameters: of the base. trainable: of the method. percent: trainable share.
+        average: test score, x100. error: 100 - average. loss: mean training loss at the end (nats a token).
+        samples: training rows seen. tokens: source and target tokens seen. seconds: of training.
+        devices: ranks. device_hours: ranks times hours of training. samples_per_second: of training.
+        memory_gb: largest that the log states for a rank. flops: of training, by the plan's formula.
+        planned_*: the plan's predictions for this run on its device (None where the plan has no figures for it).
+    """
+
+    name: str
+    point: dict[str, str]
+    method: str
+    parameters: float
+    trainable: float
+    percent: float
+    average: float | None
+    error: float | None
+    loss: float | None
+    steps: int
+    samples: float
+    tokens: float
+    seconds: float
+    devices: int
+    device: str
+    device_hours: float
+    samples_per_second: float | None
+    memory_gb: float | None
+    flops: float | None
+    planned_samples_per_second: float | None = None
+    planned_memory_gb: float | None = None
+
+
+Predict = Callable[[dict[str, Any], dict[str, Any]], dict[str, float | None]]
+"""(configuration, results) of a run -> flops, planned_samples_per_second, planned_memory_gb."""
+
+
+def read_rows(store: Store, predict: Predict | None = None) -> list[Row]:
+    """The finished runs of a study, in the order of its grid."""
+    rows = []
+    for name, run in store.read()["runs"].items():
+        results = store.results(name)
+        if results is not None:
+            rows.append(row_of(store, name, run, results, predict))
+    return rows
+
+
+def row_of(store: Store, name: str, run: dict[str, Any], results: dict[str, Any], predict: Predict | None) -> Row:
+    """A run's numbers, from its results and its log."""
+    lines = [line for line in read_lines(store.run_folder(name) / "metrics.jsonl") if line.get("kind") == "train"]
+    losses = [line["loss"] for line in lines if finite(line.get("loss"))]
+    tail = losses[-max(1, math.ceil(TAIL * len(losses))) :] if losses else []
+    memory = [line["memory_gb"] for line in lines if finite(line.get("memory_gb"))]
+    seconds = float(results.get("seconds") or 0.0)
+    provenance = results.get("provenance", {})
+    devices = int(provenance.get("world_size") or 1)
+    average = results.get("average")
+    average = float(average) if finite(average) else None
+    return Row(
+        name=name,
+        point=run["point"],
+        method=str(run["config"].get("method.name")),
+        parameters=float(results["base_parameters"]),
+        trainable=float(results["trainable"]),
+        percent=float(results["trainable_percent"]),
+        average=average,
+        error=None if average is None else 100.0 - average,
+        loss=sum(tail) / len(tail) if tail else None,
+        steps=int(results["steps"]),
+        samples=float(results["samples"]),
+        tokens=float(results["tokens"]),
+        seconds=seconds,
+        devices=devices,
+        device=str(provenance.get("device") or "unknown"),
+        device_hours=seconds * devices / 3600,
+        samples_per_second=results["samples"] / seconds if seconds > 0 else None,
+        memory_gb=max(memory, default=None),
+        **{"flops": None, **(predict(run["config"], results) if predict else {})},
+    )
+
+
+def finite(value: Any) -> bool:
+    """Whether a value is a number that can be drawn."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def moved_keys(runs: dict[str, dict[str, Any]]) -> dict[str, set[str]]:
+    """{axis: the keys that differ between runs which differ in that axis alone}."""
+    moved: dict[str, set[str]] = {}
+    points = {name: run["point"] for name, run in runs.items()}
+    for axis in next(iter(points.values()), {}):
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for name, point in points.items():
+            groups.setdefault(tuple(value for key, value in point.items() if key != axis), []).append(name)
+        keys: set[str] = set()
+        for members in groups.values():
+            first = runs[members[0]]["config"]
+            for other in members[1:]:
+                config = runs[other]["config"]
+                keys |= {key for key in {*first, *config} if first.get(key) != config.get(key)}
+        moved[axis] = keys - {"run.name", "run.dir"}
+    return moved
+
+
+def axes_of(moved: dict[str, set[str]], *prefixes: str) -> list[str]:
+    """Axes that move a key with one of these beginnings."""
+    return [axis for axis, keys in moved.items() if any(key.startswith(prefixes) for key in keys)]
+
+
+def seed_axes(moved: dict[str, set[str]]) -> list[str]:
+    """Axes that repeat a run: they move the seed alone, or nothing."""
+    return [axis for axis, keys in moved.items() if keys <= {"run.seed"}]
+
+
+def budget_axes(moved: dict[str, set[str]]) -> list[str]:
+    """Axes that move the sizes of one method, not the method."""
+    return [axis for axis, keys in moved.items() if "method.name" not in keys and any(k.startswith("method.") for k in keys)]
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """One line a run: its points, then its numbers."""
+    axes = list(rows[0].point) if rows else []
+    numbers = [field.name for field in fields(Row) if field.name not in ("name", "point")]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", *[f"axis:{axis}" for axis in axes], *numbers])
+        for row in rows:
+            values = [getattr(row, name) for name in numbers]
+            writer.writerow([row.name, *row.point.values(), *["" if value is None else value for value in values]])
+
+
+def pareto(costs: list[float], scores: list[float]) -> list[int]:
+    """Indices that no other is at most as costly as and at least as good as (one of equals is kept), by cost."""
+    front: list[int] = []
+    best = -math.inf
+    for index in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
+        if scores[index] > best:
+            front.append(index)
+            best = scores[index]
+    return front

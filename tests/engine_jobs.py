@@ -259,13 +259,24 @@ def signalled(ranks: Ranks, folder: str) -> dict[str, Any]:
     return {"step": engine.step, "reason": preemption.reason}
 
 
-def orphaned(ranks: Ranks, launcher: str) -> bool:
-    """Whether a change of parent counts as a request to stop, by launcher."""
+def orphaned(ranks: Ranks, launcher: str) -> dict[str, bool]:
+    """Whether the loss of the parent counts as a request to stop, by launcher: a grandchild whose parent ends."""
     ranks.launcher = launcher
-    preemption = Preemption(ranks)
-    preemption._parent = -1
-    time.sleep(0)
-    return preemption.agreed()
+    reading, writing = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        if os.fork() == 0:
+            preemption = Preemption(ranks)
+            before = preemption.requested
+            os.kill(parent_of_mine := os.getppid(), signal.SIGKILL)
+            while os.getppid() == parent_of_mine:
+                time.sleep(0.01)
+            os.write(writing, bytes([before, preemption.requested]))
+            os._exit(0)
+        time.sleep(60)
+    os.waitpid(parent, 0)
+    before, after = os.read(reading, 2)
+    return {"before": bool(before), "after": bool(after)}
 
 
 def adapted_model(

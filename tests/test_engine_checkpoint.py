@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -76,10 +77,17 @@ def test_step_0_has_no_optimizer_state(rank_pool, tmp_path):
     assert resumed[0]["losses"] == fresh[0]["losses"]
 
 
+@pytest.fixture(scope="module")
+def saved_run(rank_pool, tmp_path_factory):
+    """Checkpoints at steps 1, 2 and 3, of which two are kept; a run that went on to step 5."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, run(rank_pool, 1, folder, until=5, save_at=(1, 2, 3))[0]
+
+
 @pytest.fixture
-def three_checkpoints(rank_pool, tmp_path):
-    """Steps 1, 2 and 3, of which two are kept; a run that went on to step 5."""
-    return tmp_path, run(rank_pool, 1, tmp_path, until=5, save_at=(1, 2, 3))[0]
+def three_checkpoints(saved_run, tmp_path):
+    """A copy of those checkpoints, to be spoilt."""
+    return shutil.copytree(saved_run[0], tmp_path / "checkpoints"), saved_run[1]
 
 
 def test_files_of_a_checkpoint(three_checkpoints):
@@ -184,6 +192,8 @@ def test_all_ranks_stop_at_the_same_step(rank_pool, tmp_path):
     assert newest_whole_checkpoint(tmp_path).name == "step_00000003"
 
 
-def test_loss_of_the_launcher_is_a_request_to_stop(rank_pool):
-    assert rank_pool(2).run("tests.engine_jobs:orphaned", {"launcher": "deepspeed"}) == [True, True]
-    assert rank_pool(2).run("tests.engine_jobs:orphaned", {"launcher": "slurm"}) == [False, False]
+@pytest.mark.parametrize("launcher, watched", [("deepspeed", True), ("torchrun", True), ("slurm", False), ("none", False)])
+def test_loss_of_the_launcher_is_a_request_to_stop(rank_pool, launcher, watched):
+    """`srun`'s ranks belong to a daemon, and a lone process may outlive the shell that started it."""
+    results = rank_pool(1).run("tests.engine_jobs:orphaned", {"launcher": launcher})
+    assert results == [{"before": False, "after": watched}]

@@ -6,13 +6,14 @@ import os
 import signal
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from types import FrameType, TracebackType
 
 from hdscale.engine.distributed import Ranks
 
 SIGNALS = ("SIGTERM", "SIGUSR2")
 PARENT_LAUNCHERS = ("deepspeed", "torchrun")
-"""Launchers that are the ranks' parent. `srun`'s is SLURM's own daemon, and a lone process may outlive its shell."""
+"""Launchers that are the ranks' ancestors. `srun`'s is SLURM's own daemon, and a lone process may outlive its shell."""
 
 
 class Preemption:
@@ -20,7 +21,7 @@ class Preemption:
 
     The handler does nothing but set a flag, so a second signal, or one in the middle of a save, disturbs nothing.
     Signals usually reach some ranks first, and the deepspeed launcher dies of its own without passing them on: so
-    a rank whose parent changes asks to stop too.
+    a rank that has lost its launcher asks to stop too.
 
         with Preemption(ranks) as preemption:
             ...
@@ -36,8 +37,7 @@ class Preemption:
         self._ranks = ranks
         self._signals = [getattr(signal, name) for name in signals]
         self._before: dict[int, object] = {}
-        self._parent = os.getppid()
-        self._watch_parent = ranks.launcher in PARENT_LAUNCHERS
+        self._lineage = lineage() if ranks.launcher in PARENT_LAUNCHERS else {}
         self._reason: str | None = None
         self.since: float | None = None
 
@@ -63,7 +63,7 @@ class Preemption:
     @property
     def requested(self) -> bool:
         """Whether this rank was asked to stop. Others may not know yet: act on `agreed()`."""
-        if self._reason is None and self._watch_parent and os.getppid() != self._parent:
+        if self._reason is None and any(parent_of(child) != parent for child, parent in self._lineage.items()):
             self._reason, self.since = "loss of the launcher", time.monotonic()
         return self._reason is not None
 
@@ -79,3 +79,36 @@ class Preemption:
     def reason(self) -> str:
         """What asked this rank to stop, for the log."""
         return self._reason or ""
+
+
+def lineage() -> dict[int, int]:
+    """{process: its parent} from this process up to the launcher.
+
+    `deepspeed` is two processes: the one that the user started, and its child, which is the ranks' parent and stays
+    alive when the first dies. Above the launcher nothing is watched: a shell may end and leave its jobs running.
+    """
+    parent = os.getppid()
+    chain = {os.getpid(): parent}
+    above = parent_of(parent)
+    if above is not None and "deepspeed" in command_of(above):
+        chain[parent] = above
+    return chain
+
+
+def parent_of(process: int) -> int | None:
+    """A process's parent; None if the process is gone, or its parent unknown on this system."""
+    if process == os.getpid():
+        return os.getppid()
+    try:
+        # the second field is the command in brackets, and may itself hold spaces and brackets
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def command_of(process: int) -> str:
+    """A process's command line, its words separated by spaces; empty if unknown."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""

@@ -1,9 +1,11 @@
-"""`hdscale bench op`: the generated-adapter operator against (a) matmul + bmm and (b) the same under torch.compile.
+"""`hdscale bench op`: the generated-adapter operator against (a) matmul + bmm and (b) the same under
+torch.compile.
 
-For each shape: forward, forward + backward, and bytes kept for the backward pass, over all layers of one step. The
-results are checked against double precision before anything is timed; the contenders take turns, and the best and the
-median of the rounds are reported. The floor beside them is arithmetic over the peak that a large matrix product
-reaches in the same run: generation twice and its two gradients for forward + backward, generation once for forward.
+For each shape: forward, forward + backward, and bytes kept for the backward pass, over all layers of one
+step. The results are checked against double precision before anything is timed; the contenders take turns,
+and the best and the median of the rounds are reported. The floor beside them is arithmetic over the peak that
+a large matrix product reaches in the same run: generation twice and its two gradients for forward + backward,
+generation once for forward.
 """
 
 from __future__ import annotations
@@ -41,15 +43,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         action="append",
         metavar="NAME[,batch=B][,tokens=T]",
-        help=f"{', '.join(NAMED_SHAPES)}, or d=..,a=..,k=..,layers=..; batch=32,tokens=4 by default; may be repeated",
+        help=f"{', '.join(NAMED_SHAPES)}, or d=..,a=..,k=..,layers=..; batch=32,tokens=4 by default; "
+        "may be repeated",
     )
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default=None, help="default: float32 on CPU, bfloat16 on CUDA")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", default="auto", help="implementation to measure: auto, cpp or cuda")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default=None, help="default: float32 on CPU, bfloat16 on CUDA"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--backend", default=None, help="implementation to measure: cpp or cuda; default: the device's own"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which the contenders take turns")
-    parser.add_argument("--compile", action="store_true", help="measure (b), matmul + bmm under torch.compile, too")
-    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the table as JSON (default: stdout)")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table, with machine and versions, as Markdown")
+    parser.add_argument(
+        "--compile", action="store_true", help="measure (b), matmul + bmm under torch.compile, too"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", nargs="?", const="-", help="write the table as JSON (default: stdout)"
+    )
+    parser.add_argument(
+        "--markdown", metavar="FILE", help="write the table, with machine and versions, as Markdown"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,10 +72,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
     dtype = DTYPES[args.dtype or ("bfloat16" if args.device == "cuda" else "float32")]
     shapes = [parse_shape(text) for text in args.shape or ["large"]]
+    # not auto: the measurement is what decides where auto turns to PyTorch
+    backend = args.backend or {"cpu": "cpp", "cuda": "cuda"}[args.device]
     peak = matmul_peak(dtype, args.device)
     rows = []
     for shape in shapes:
-        row = measure(shape, dtype, args.device, args.backend, args.rounds, args.compile)
+        row = measure(shape, dtype, args.device, backend, args.rounds, args.compile)
         row["floor"] = floor_seconds(shape, peak)
         rows.append(row)
         if args.json != "-":
@@ -81,7 +98,10 @@ def parse_shape(text: str) -> Shape:
     Raises:
         UserError: an unknown name or size.
     """
-    sizes = dict(zip(("d", "a", "k", "layers"), NAMED_SHAPES["large"], strict=True)) | {"batch": 32, "tokens": 4}
+    sizes = dict(zip(("d", "a", "k", "layers"), NAMED_SHAPES["large"], strict=True)) | {
+        "batch": 32,
+        "tokens": 4,
+    }
     for part in text.split(","):
         name, _, value = part.partition("=")
         if not value and name in NAMED_SHAPES:
@@ -93,7 +113,7 @@ def parse_shape(text: str) -> Shape:
     return Shape(sizes["batch"], sizes["tokens"], sizes["d"], sizes["a"], sizes["k"], sizes["layers"])
 
 
-# ---- contenders: a forward pass over all layers -----------------------------------------------------------------------
+# ---- contenders: a forward pass over all layers ----------------------------------------------------------
 
 Forward = Callable[[list[Tensor], Tensor, AdapterHeads], list[Tensor]]
 
@@ -106,7 +126,10 @@ def contenders(backend: str, compile: bool) -> dict[str, Forward]:
         return [generated_adapter(x_l, *layer, backend=backend) for x_l, layer in zip(x, layers, strict=True)]
 
     def plain(x, code, heads):
-        return [generated_adapter_reference(x_l, code_l, heads) for x_l, code_l in zip(x, code.unbind(), strict=True)]
+        return [
+            generated_adapter_reference(x_l, code_l, heads)
+            for x_l, code_l in zip(x, code.unbind(), strict=True)
+        ]
 
     found: dict[str, Forward] = {"operator": operator, "matmul+bmm": plain}
     if compile:
@@ -122,7 +145,10 @@ def measure(shape: Shape, dtype: torch.dtype, device: str, backend: str, rounds:
     errors = check(shape, dtype, device, backend)
     case = random_case(shape, dtype, device)
     x = [tensor.requires_grad_() for tensor in case.x]
-    code, heads = case.code.requires_grad_(), AdapterHeads(*(tensor.requires_grad_() for tensor in case.heads))
+    code, heads = (
+        case.code.requires_grad_(),
+        AdapterHeads(*(tensor.requires_grad_() for tensor in case.heads)),
+    )
     inputs = [*x, code, *heads]
     ways = contenders(backend, compile)
     forward: dict[str, list[float]] = {name: [] for name in ways}
@@ -135,7 +161,9 @@ def measure(shape: Shape, dtype: torch.dtype, device: str, backend: str, rounds:
         for name, way in ways.items():
             with torch.no_grad():
                 forward[name].append(seconds(lambda way=way: way(x, code, heads), device))
-            both[name].append(seconds(lambda way=way: torch.autograd.grad(way(x, code, heads), inputs, case.dy), device))
+            both[name].append(
+                seconds(lambda way=way: torch.autograd.grad(way(x, code, heads), inputs, case.dy), device)
+            )
     return {
         "shape": shape._asdict(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -150,7 +178,8 @@ def measure(shape: Shape, dtype: torch.dtype, device: str, backend: str, rounds:
 
 
 def check(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> dict[str, float]:
-    """Errors of the operator on a cut-down case of this shape. Raises RuntimeError if one is beyond the tolerance."""
+    """Errors of the operator on a cut-down case of this shape. Raises RuntimeError if one is beyond the
+    tolerance."""
     small = shape._replace(B=min(shape.B, 8), N=min(shape.N, 2))
     case: Case = random_case(small, dtype, device)
     resolved = resolve_backend(backend, case.x[0], case.code, *case.heads)
@@ -199,8 +228,8 @@ def matmul_peak(dtype: torch.dtype, device: str) -> float:
 def floor_seconds(shape: Shape, peak: float) -> dict[str, float]:
     """Arithmetic that cannot be left out over the machine's peak.
 
-    Forward: generate both matrices and apply them. Backward: generate them again, two gradients of each head (weight
-    and code), and the products with the tokens.
+    Forward: generate both matrices and apply them. Backward: generate them again, two gradients of each head
+    (weight and code), and the products with the tokens.
     """
     B, T, D, A, K, N = shape
     forward = 2 * 2 * B * D * A * (K + T) * N
@@ -208,7 +237,7 @@ def floor_seconds(shape: Shape, peak: float) -> dict[str, float]:
     return {"forward": forward / peak, "forward_backward": (forward + backward) / peak}
 
 
-# ---- reporting --------------------------------------------------------------------------------------------------------
+# ---- reporting -------------------------------------------------------------------------------------------
 
 
 def machine(device: str) -> dict[str, str | int | float]:
@@ -216,7 +245,9 @@ def machine(device: str) -> dict[str, str | int | float]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        name = next((ln.split(":")[1].strip() for ln in cpuinfo.read_text().splitlines() if "model name" in ln), name)
+        name = next(
+            (ln.split(":")[1].strip() for ln in cpuinfo.read_text().splitlines() if "model name" in ln), name
+        )
     return {
         "cpu": name,
         "cores": os.cpu_count() or 0,
@@ -242,7 +273,9 @@ def describe(row: dict) -> str:
             f"  kept {row['bytes_kept'][name] / 1e6:9.2f} MB"
         )
     floor = row["floor"]
-    lines.append(f"  {'floor':<11} forward {floor['forward']:8.4f} s  forward+backward {floor['forward_backward']:8.4f} s")
+    lines.append(
+        f"  {'floor':<11} forward {floor['forward']:8.4f} s  forward+backward {floor['forward_backward']:8.4f} s"
+    )
     return "\n".join(lines)
 
 

@@ -183,6 +183,8 @@ class PromptHooks(Hooks):
         )
         code = torch.relu(w[f"{side}.network.0.weight"] @ joined + w[f"{side}.network.0.bias"])
         code = w[f"{side}.network.2.weight"] @ code + w[f"{side}.network.2.bias"]
+        code = (code - code.mean()) / (code.var(unbiased=False) + 1e-6).sqrt()
+        code = code * w[f"{side}.network.3.weight"] + w[f"{side}.network.3.bias"]
         down = (w[f"{stem}.down"] @ code).view(D_MODEL, -1)
         return down, (w[f"{stem}.up"] @ code).view(down.shape[1], HEADS * D_KV)
 

@@ -116,7 +116,7 @@ def test_hyperprompt_closed_form():
             tasks * length * d
             + (tasks + l) * size
             + (2 * size + 1) * hidden
-            + (hidden + 1) * size
+            + (hidden + 1 + 2) * size
             + 2 * size * (d * b + b * d)
         ),
     }

@@ -8,7 +8,7 @@ the whole T5 as well (`tune_base`); training the prompts alone is reported as cl
 
 Guessed, as the published text at hand does not say: prompts in both stacks, each with global prompts of its own; no
 biases in local and global hypernetworks; the layer-aware embedding joins task and layer embedding by Linear, ReLU,
-Linear; all sizes; N(0, 1) for prompts and embeddings, and projections that keep the variance.
+Linear, LayerNorm, as Hyperformer does; all sizes; N(0, 1) for prompts and embeddings, and projections that keep the variance.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ class PromptStack(nn.Module):
             self.task_embedding = nn.Embedding(tasks, size)
             self.layer_embedding = nn.Embedding(layers, size)
             self.network = nn.Sequential(
-                nn.Linear(2 * size, settings.hidden), nn.ReLU(), nn.Linear(settings.hidden, size)
+                nn.Linear(2 * size, settings.hidden),
+                nn.ReLU(),
+                nn.Linear(settings.hidden, size),
+                nn.LayerNorm(size, eps=1e-6),
             )
             self.key, self.value = (GlobalHypernetwork(d_model, settings.bottleneck, inner, size) for _ in range(2))
         else:

@@ -136,6 +136,8 @@ class Engine:
         # DeepSpeed skips an update with a non-finite gradient and says nothing
         if getattr(self._deepspeed.optimizer, "overflow", False):
             raise self._failure("the gradient is not finite", rows)
+        if step == 0:
+            zero.link_states(self._deepspeed.optimizer)
         self.step = step + 1
         return StepResult(self.step, loss_value, int(tokens.item()), float(self._deepspeed.get_global_grad_norm()), rate)
 

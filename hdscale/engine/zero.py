@@ -82,8 +82,15 @@ def create_states(optimizer: Any, step: int) -> None:
             "step": torch.tensor(float(step), dtype=torch.float32, device=partition.device if fused else "cpu"),
             **{key: torch.zeros_like(partition) for key in STATE_KEYS},
         }
+    link_states(optimizer)
+
+
+def link_states(optimizer: Any) -> None:
+    """Let `safe_get_*` and `safe_set_*` find AdamW's present states (stages 1 and 2).
+
+    DeepSpeed links them once, after the first update of the first parameter group, when the other groups have none.
+    """
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        # a second load must link the new tensors too
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -70,6 +70,10 @@ class Adaptation:
         """The same adaptation with everything generated once, to be applied token by token."""
         return self
 
+    def for_training(self, length: int) -> Adaptation:
+        """The same adaptation for one pass over `length` tokens, in which layers may share work of the backward pass."""
+        return self
+
 
 class ComposedAdaptation(Adaptation):
     """Several adaptations of one stack at once: branches add up, prefixes stand one behind the other, hooks chain."""
@@ -108,6 +112,9 @@ class ComposedAdaptation(Adaptation):
     def for_generation(self) -> Adaptation:
         return ComposedAdaptation([member.for_generation() for member in self.members])
 
+    def for_training(self, length: int) -> Adaptation:
+        return ComposedAdaptation([member.for_training(length) for member in self.members])
+
 
 class LayerwiseAdaptation(Adaptation):
     """Another adaptation for each layer.
@@ -144,6 +151,10 @@ class LayerwiseAdaptation(Adaptation):
         cached = {id(member): member.for_generation() for member, _ in self.layers}
         return LayerwiseAdaptation([(cached[id(member)], index) for member, index in self.layers])
 
+    def for_training(self, length: int) -> Adaptation:
+        prepared = {id(member): member.for_training(length) for member, _ in self.layers}
+        return LayerwiseAdaptation([(prepared[id(member)], index) for member, index in self.layers])
+
 
 class ScaledAdaptation(Adaptation):
     """An adaptation whose branch beside the feed-forward is multiplied by a factor.
@@ -176,6 +187,9 @@ class ScaledAdaptation(Adaptation):
 
     def for_generation(self) -> Adaptation:
         return ScaledAdaptation(self.inner.for_generation(), self.scale)
+
+    def for_training(self, length: int) -> Adaptation:
+        return ScaledAdaptation(self.inner.for_training(length), self.scale)
 
 
 def per_instance(x: Tensor, instances: int) -> Tensor:

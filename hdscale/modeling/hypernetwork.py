@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from hdscale.modeling.adaptation import Adaptation
-from hdscale.ops import AdapterHeads, AdapterWeights, apply_adapter, generate_adapter_weights, generated_adapter
+from hdscale.ops import (
+    AdapterHeads,
+    AdapterWeights,
+    SharedHeads,
+    apply_adapter,
+    generate_adapter_weights,
+    generated_adapter,
+    share_heads,
+)
 
 INIT_GAIN = 1e-3
 """Scale of the heads' initialisation in the release."""
@@ -111,8 +119,33 @@ class GeneratedAdaptation(Adaptation):
     def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor:
         return self.adapter_heads(normed if self.normed_input else x, self.codes[layer])
 
+    def for_training(self, length: int) -> Adaptation:
+        heads = self.adapter_heads
+        if hasattr(heads.down_weight, "ds_id"):
+            return self  # DeepSpeed's stage 3 has the parameters together only inside the heads' own forward
+        layers = share_heads(self.codes, heads.heads(), length, backend=heads.backend)
+        return SharedAdaptation(layers, heads.backend, self.normed_input)
+
     def for_generation(self) -> CachedAdaptation:
         return CachedAdaptation([self.adapter_heads.generate(code) for code in self.codes], self.normed_input)
+
+
+class SharedAdaptation(Adaptation):
+    """Generated adapters of one pass, whose heads' gradient is formed once for all layers (`hdscale.ops.share_heads`).
+
+    Args:
+        layers: code and heads of each layer. backend: see `hdscale.ops`.
+    """
+
+    def __init__(
+        self, layers: list[tuple[Tensor, AdapterHeads | SharedHeads]], backend: str, normed_input: bool
+    ) -> None:
+        self.layers = layers
+        self.backend = backend
+        self.normed_input = normed_input
+
+    def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor:
+        return generated_adapter(normed if self.normed_input else x, *self.layers[layer], backend=self.backend)
 
 
 class CachedAdaptation(Adaptation):

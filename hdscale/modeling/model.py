@@ -66,6 +66,8 @@ class AdaptedModel(nn.Module):
             raise UserError(f"method '{self.config.method.name}' is conditioned on tasks: give task_ids")
 
         def run(adaptation: Adaptation | None) -> Tensor:
+            if adaptation is not None:
+                adaptation = adaptation.for_training(input_ids.shape[1])
             return self.base.encoder(
                 input_ids=input_ids, attention_mask=attention_mask, adaptation=adaptation
             ).last_hidden_state
@@ -80,12 +82,15 @@ class AdaptedModel(nn.Module):
             logits [M, V] and labels [M] of the M positions that are not padding, row by row.
         """
         decoder_input = self.base._shift_right(labels)
+        adaptation = encoded.adaptation
+        if adaptation is not None:
+            adaptation = adaptation.for_training(labels.shape[1])
         hidden = self.base.decoder(
             input_ids=decoder_input,
             encoder_hidden_states=encoded.hidden,
             encoder_attention_mask=attention_mask,
             use_cache=False,
-            adaptation=encoded.adaptation,
+            adaptation=adaptation,
         ).last_hidden_state
         kept = labels != IGNORED
         hidden = hidden[kept]

@@ -21,17 +21,13 @@ from hdscale.study.store import Store
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument(
-        "target", nargs="+", metavar="FILE | report DIR", help="a study's YAML; or report and a folder"
-    )
+    parser.add_argument("target", nargs="+", metavar="FILE | report DIR", help="a study's YAML; or report and a folder")
     parser.add_argument("--dir", help="folder of the study (default: dir/name of the file)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--local", type=int, metavar="N", help="run here, N runs at a time, instead of on SLURM")
     how.add_argument("--status", action="store_true", help="show how far every run is; live on a terminal")
     how.add_argument("--dry-run", action="store_true", help="check everything, list the runs, start none")
-    parser.add_argument(
-        "--extend", action="store_true", help="the file has more runs than the study that lies there"
-    )
+    parser.add_argument("--extend", action="store_true", help="the file has more runs than the study that lies there")
     parser.add_argument("--retry", action="store_true", help="try runs again that were given up")
 
 
@@ -105,9 +101,7 @@ def run_here(study: Study, store: Store, parallel: int) -> int:
     console = Console()
     if console.is_terminal:
         with Live(status_table(store), console=console, refresh_per_second=2) as live:
-            runner = LocalRunner(
-                study, store, parallel, say=console.print, tick=lambda: live.update(status_table(store))
-            )
+            runner = LocalRunner(study, store, parallel, say=console.print, tick=lambda: live.update(status_table(store)))
             code = runner.run()
     else:
         code = LocalRunner(study, store, parallel, say=lambda text: print(text, flush=True)).run()

@@ -57,9 +57,7 @@ LOSS = Quantity("loss", "training loss at the end (nats per token)", "L", lambda
 ERROR = Quantity("error", "test error, 100 - average score (points)", "e", lambda row: row.error)
 
 
-def scaling(
-    rows: Sequence[Row], x: Quantity, y: Quantity, group: Callable[[Row], str], unit: str = ""
-) -> Picture | None:
+def scaling(rows: Sequence[Row], x: Quantity, y: Quantity, group: Callable[[Row], str], unit: str = "") -> Picture | None:
     """y against x on logarithmic axes, a colour a group, with a power law for each group that can carry one.
 
     Returns:
@@ -149,7 +147,9 @@ def against_plan(
         axes.plot(xs, [value for _, value, _ in own], marker, color=colour, markersize=6, alpha=0.75, linestyle="none")
         planned_points = sorted({(x, plan) for x, (_, _, plan) in zip(xs, own, strict=True) if plan})
         if planned_points:
-            axes.plot(*zip(*planned_points, strict=True), marker, color=colour, markersize=9, markerfacecolor="none", linestyle=":")
+            axes.plot(
+                *zip(*planned_points, strict=True), marker, color=colour, markersize=9, markerfacecolor="none", linestyle=":"
+            )
             ratios += [value / plan for _, value, plan in own if plan]
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -101,9 +101,7 @@ class LocalRunner:
                 lock = self.store.hold(run.name)
                 if lock is None:
                     if run.name not in adopted:
-                        self.say(
-                            f"{run.name} is still being trained by an earlier start of the study: waiting for it"
-                        )
+                        self.say(f"{run.name} is still being trained by an earlier start of the study: waiting for it")
                         adopted.add(run.name)
                     continue
                 adopted.discard(run.name)
@@ -169,9 +167,7 @@ class LocalRunner:
             note = f"{how}: {last_words(self.store.log(name))}"
         self.store.note(name, "end", code=code, note=note, seconds=round(time.monotonic() - slot.started, 1))
         if code == EXIT_DONE:
-            self.say(
-                f"done {name} ({self._done()} of {len(self.study.runs)}): average {results['average']:.1f}"
-            )
+            self.say(f"done {name} ({self._done()} of {len(self.study.runs)}): average {results['average']:.1f}")
             return False
         status = self._status(slot.run)
         given_up = finished_badly(status, self.study.limits.retries)
@@ -194,9 +190,7 @@ class LocalRunner:
 
     def _stop(self) -> int:
         """Have every run save a checkpoint, wait for them, and leave."""
-        self.say(
-            f"{self.stop.name}: the runs save and stop (again: kill them); run the same command to go on"
-        )
+        self.say(f"{self.stop.name}: the runs save and stop (again: kill them); run the same command to go on")
         for slot in self.slots:
             slot.process.terminate()
         end = time.monotonic() + GRACE_SECONDS
@@ -208,9 +202,7 @@ class LocalRunner:
                 slot.process.wait()
             code = slot.process.returncode
             # being stopped is no failure of the run's, whatever state it was in
-            self.store.note(
-                slot.run.name, "end", code=EXIT_DONE if code == EXIT_DONE else EXIT_PREEMPTED, note="stopped"
-            )
+            self.store.note(slot.run.name, "end", code=EXIT_DONE if code == EXIT_DONE else EXIT_PREEMPTED, note="stopped")
         return EXIT_PREEMPTED
 
 
@@ -237,9 +229,7 @@ def last_words(log: Path) -> str:
         with log.open("rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - 8192))
-            lines = [
-                line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()
-            ]
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     except OSError:
         return "no output"
     for line in reversed(lines):

@@ -170,9 +170,7 @@ def read_limits(tree: Any, path: Path) -> Limits:
             raise UserError(f"{path}: unknown key 'limits.{key}'{nearest(str(key), known)}")
         whole = key != "minutes"
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value < 0:
-            raise UserError(
-                f"{path}: limits.{key}={value!r} must be a {'whole ' if whole else ''}number from 0"
-            )
+            raise UserError(f"{path}: limits.{key}={value!r} must be a {'whole ' if whole else ''}number from 0")
     return Limits(**tree)
 
 
@@ -188,9 +186,7 @@ def read_axes(tree: Any, path: Path) -> dict[str, list[Point]]:
             if axis not in keys:
                 raise UserError(f"{where} names no key{nearest(axis, keys)}")
             points = [Point(label(axis, value), {axis: value}) for value in values]
-        elif (
-            isinstance(values, dict) and values and all(isinstance(value, list) for value in values.values())
-        ):
+        elif isinstance(values, dict) and values and all(isinstance(value, list) for value in values.values()):
             points = zipped(values, where, keys)
         elif isinstance(values, dict):
             points = []
@@ -257,13 +253,9 @@ def check_clashes(axes: dict[str, list[Point]], fixed: dict[str, Any], path: Pat
         own = {key for one in points for key in one.settings}
         for key in sorted(own):
             if key in owner:
-                raise UserError(
-                    f"{path}: {owner[key]} and axes.{axis} clash: both set {key}; keep it in one of them"
-                )
+                raise UserError(f"{path}: {owner[key]} and axes.{axis} clash: both set {key}; keep it in one of them")
             if any(key.startswith(f"{other}.") or other.startswith(f"{key}.") for other in owner):
-                raise UserError(
-                    f"{path}: axes.{axis} sets {key}, part of which is set elsewhere; keep it in one place"
-                )
+                raise UserError(f"{path}: axes.{axis} sets {key}, part of which is set elsewhere; keep it in one place")
         owner |= {key: f"axes.{axis}" for key in own}
     for key in RESERVED:
         if key in owner:
@@ -283,9 +275,7 @@ def read_excluded(tree: Any, axes: dict[str, list[Point]], path: Path) -> list[d
             names = [one.name for one in axes[axis]]
             text = safe(str(name)) if safe(str(name)) in names else label(str(axis), name)
             if text not in names:
-                raise UserError(
-                    f"{path}: exclude names {axis}: {name}, which is no point of it{nearest(text, names)}"
-                )
+                raise UserError(f"{path}: exclude names {axis}: {name}, which is no point of it{nearest(text, names)}")
             clean[axis] = text
         rules.append(clean)
     return rules
@@ -296,9 +286,7 @@ def check_runs_of(runs: list[Run], limits: Limits, path: Path) -> None:
     if not runs:
         raise UserError(f"{path}: the grid is empty: exclude leaves out every combination")
     if len(runs) > limits.runs:
-        raise UserError(
-            f"{path}: {len(runs)} runs, and limits.runs is {limits.runs}; raise it or shorten an axis"
-        )
+        raise UserError(f"{path}: {len(runs)} runs, and limits.runs is {limits.runs}; raise it or shorten an axis")
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:

@@ -120,9 +120,7 @@ class Store:
                 f"{self.folder} holds no study ({self.record} is missing); start it with hdscale study FILE"
             ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.record} is damaged ({error}); remove it and start the study again: no run is lost"
-            ) from error
+            raise UserError(f"{self.record} is damaged ({error}); remove it and start the study again: no run is lost") from error
 
     def _check_same(self, study: Study, before: dict[str, Any], extend: bool) -> None:
         old, new = before["runs"], description(study)["runs"]
@@ -137,11 +135,7 @@ class Store:
             return
         only_added = len(told) == len(added) and not extend
         finished = sum(self.status(name, 0).state == "done" for name in old)
-        remedy = (
-            "--extend adds the new runs"
-            if only_added
-            else "give the changed study another name, or undo the change"
-        )
+        remedy = "--extend adds the new runs" if only_added else "give the changed study another name, or undo the change"
         more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
         raise UserError(
             f"{study.file} differs from the study in {self.folder} ({finished} of {len(old)} runs are done): "
@@ -172,9 +166,7 @@ class Store:
             return RunStatus("running", step, max_steps, failures, loss, seconds)
         if note:
             return RunStatus("failed", step, max_steps, failures, loss, seconds, note)
-        return RunStatus(
-            "interrupted" if ended or step else "waiting", step, max_steps, failures, loss, seconds
-        )
+        return RunStatus("interrupted" if ended or step else "waiting", step, max_steps, failures, loss, seconds)
 
     def results(self, run: str) -> dict[str, Any] | None:
         """`results.json` of a run that is done."""
@@ -265,9 +257,7 @@ def description(study: Study) -> dict[str, Any]:
 
 def finished_badly(status: RunStatus, retries: int) -> bool:
     """Whether a run is given up: it failed by a mistake of the user's, or as often as it may."""
-    return status.state == "failed" and (
-        status.failures > retries or f"exit code {EXIT_USER_ERROR}" in status.note
-    )
+    return status.state == "failed" and (status.failures > retries or f"exit code {EXIT_USER_ERROR}" in status.note)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

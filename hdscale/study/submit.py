@@ -32,9 +32,7 @@ def submit(study: Study, store: Store, dry_run: bool = False) -> int:
     for number, group in enumerate(by_cluster(fresh)):
         config = group[0].config
         name = free_name(store, study.name, number)
-        own = dataclasses.replace(
-            config, run=dataclasses.replace(config.run, name=name, dir=str(store.folder))
-        )
+        own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, dir=str(store.folder)))
         code = launch(own, [(run.config, points(run)) for run in group], fresh=False, dry_run=dry_run)
         if code != EXIT_DONE or dry_run:
             continue
@@ -59,9 +57,7 @@ def by_cluster(runs: list[Run]) -> list[list[Run]]:
     """Runs grouped by their cluster settings: the jobs of an array are alike."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(
-            json.dumps(dataclasses.asdict(run.config.cluster), sort_keys=True, default=str), []
-        ).append(run)
+        groups.setdefault(json.dumps(dataclasses.asdict(run.config.cluster), sort_keys=True, default=str), []).append(run)
     return list(groups.values())
 
 
@@ -87,11 +83,7 @@ def live_runs(store: Store) -> dict[str, str]:
         live = live_jobs(record)
         for index, entry in enumerate(record.runs):
             job = record.job_of(index)
-            state = (
-                live.get(job)
-                or live.get(f"{record.job}_*")
-                or (live.get(record.job) if len(record.runs) == 1 else None)
-            )
+            state = live.get(job) or live.get(f"{record.job}_*") or (live.get(record.job) if len(record.runs) == 1 else None)
             if state:
                 found[entry.name] = "running" if state == "RUNNING" else "queued"
     return found

@@ -1,8 +1,8 @@
 """`hdscale evaluate`: evaluate a run, an export, any seq2seq checkpoint, or an extractive-QA checkpoint on
 MRQA.
 
-One process, or one for each rank under `srun` and `torchrun`. What is decoded is kept in the output folder:
-run again after an interruption, it goes on.
+One process, or one for each rank under `srun` (`torchrun` takes `--run` for an option of its own). What is
+decoded is kept in the output folder: run again after an interruption, it goes on.
 """
 
 from __future__ import annotations

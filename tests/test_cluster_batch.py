@@ -1,4 +1,4 @@
-"""The batch shell's side: whether a job starts again, and how the shell and the scripts behave, with a pretended SLURM."""
+"""The batch shell's side: whether a job starts again, and how the scripts behave, with a pretended SLURM."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_only_ends_without_a_newer_checkpoint_count() -> None:
         state = decide(state, 1, "RUNNING", step, limit=2)
         seen.append((state.outcome, state.stalled))
     assert seen == [
-        ("again", 1), ("again", 2), ("again", 0), ("again", 1), ("again", 2), ("again", 0), ("again", 1), ("again", 2),
-        ("stalled", 3),
+        ("again", 1), ("again", 2), ("again", 0), ("again", 1), ("again", 2), ("again", 0), ("again", 1),
+        ("again", 2), ("stalled", 3),
     ]  # fmt: skip
     assert "given up after 3 ends without a newer checkpoint" in state.reason
 
@@ -106,9 +106,7 @@ def test_a_rank_s_mistake_outweighs_the_exit_code(
     assert main(["end", "--code", "143", "--state", "RUNNING", *run]) == 0
 
 
-def test_a_mistake_in_the_configuration_ends_the_job_at_once(
-    job: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_in_the_configuration_ends_the_job_at_once(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["begin", "--config", "c.yaml", "train.max_step=3"]) == 2
     assert "did you mean 'train.max_steps'?" in capsys.readouterr().err
 
@@ -132,11 +130,7 @@ def pretended(tmp_path: Path) -> dict[str, str]:
     for name, body in bodies.items():
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (programs / name).chmod(0o755)
-    keep = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("SLURM_", "SBATCH_", "HDSCALE_"))
-    }
+    keep = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "HDSCALE_"))}
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**keep, "PATH": path, "CALLS": str(calls), "RUNS": str(tmp_path / "runs")}
 
@@ -151,13 +145,12 @@ IN_A_JOB = {
 }
 
 
-def run_script(
-    env: dict[str, str], *arguments: str, script: str = "glue_large.sh", **more: str
-) -> tuple[int, str, str]:
+def run_script(env: dict[str, str], *arguments: str, script: str = "glue_large.sh", **more: str) -> tuple[int, str, str]:
     """(exit code, what it printed, how SLURM's programs were called)."""
     done = subprocess.run(
         ["bash", f"slurm/{script}", f"run.dir={env['RUNS']}", *arguments],
-        cwd=ROOT, env={**env, **more}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60,
+        cwd=ROOT, env={**env, **more}, text=True, timeout=60,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     calls = Path(env["CALLS"])
     return done.returncode, done.stdout, calls.read_text() if calls.exists() else ""
@@ -177,9 +170,7 @@ def test_fewer_gpus_mean_fewer_ranks(pretended: dict[str, str]) -> None:
     assert "--ntasks=8 --ntasks-per-node=4" in calls
 
 
-@pytest.mark.parametrize(
-    ("code", "requeued"), [("1", True), ("75", True), ("137", True), ("2", False), ("0", False)]
-)
+@pytest.mark.parametrize(("code", "requeued"), [("1", True), ("75", True), ("137", True), ("2", False), ("0", False)])
 def test_which_exit_codes_requeue(code: str, requeued: bool, pretended: dict[str, str]) -> None:
     exit_code, output, calls = run_script(pretended, SRUN_CODE=code, **IN_A_JOB)
     assert exit_code == int(code)
@@ -197,7 +188,8 @@ def test_fresh_is_for_the_first_start_only(pretended: dict[str, str]) -> None:
 def test_a_sick_node_does_not_end_the_run(pretended: dict[str, str]) -> None:
     """Where even the question cannot be asked at the end, the job goes back into the queue, a few times."""
     broken = {"SRUN_CODE": "1", **IN_A_JOB}
-    script = "source hdscale/cluster/batch.sh; hdscale_python=(false); hdscale_end 1 --config configs/glue_large.yaml"
+    end = "hdscale_end 1 --config configs/glue_large.yaml"
+    script = f"source hdscale/cluster/batch.sh; hdscale_python=(false); {end}"
     for restarts, requeued in (("0", True), ("3", False)):
         Path(pretended["CALLS"]).unlink(missing_ok=True)
         env = {**pretended, **broken, "SLURM_RESTART_COUNT": restarts}
@@ -219,9 +211,7 @@ def test_containers(pretended: dict[str, str]) -> None:
 def test_started_with_bash_a_script_submits_itself(pretended: dict[str, str]) -> None:
     code, output, calls = run_script(pretended, "run.seed=2", SBATCH_ACCOUNT="lab")
     assert code == 0, output
-    assert (
-        calls.splitlines()[0] == f"sbatch {ROOT}/slurm/glue_large.sh run.dir={pretended['RUNS']} run.seed=2"
-    )
+    assert calls.splitlines()[0] == f"sbatch {ROOT}/slurm/glue_large.sh run.dir={pretended['RUNS']} run.seed=2"
     assert "SBATCH_ACCOUNT=lab" in calls
 
 

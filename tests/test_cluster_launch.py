@@ -69,21 +69,20 @@ def test_bad_sweeps_are_one_line(axes: list[str], words: str) -> None:
 
 def script(runs: int = 1, **settings: object) -> list[str]:
     cluster = ClusterSettings(**settings)  # type: ignore[arg-type]
-    executor = build_executor(
-        cluster, Path("/shared/runs/launches/x"), "x", Path("/shared/code"), dry_run=True
-    )
+    executor = build_executor(cluster, Path("/shared/runs/launches/x"), "x", Path("/shared/code"), dry_run=True)
     return script_text(executor, runs).splitlines()
 
 
 def test_the_script_asks_for_what_is_set() -> None:
     lines = script(
-        nodes=4, partition="gpu", account="lab", qos="long", constraint="a100", mem="400G", time="1-12", signal_delay=300,
+        nodes=4, partition="gpu", account="lab", qos="long", constraint="a100", mem="400G", time="1-12",
+        signal_delay=300,
         sbatch={"mail-type": "FAIL"}, setup=["module load cuda"], srun=["--mpi=none"],
     )  # fmt: skip
     for option in (
-        "nodes=4", "gpus-per-node=8", "ntasks-per-node=8", "cpus-per-task=8", "partition=gpu", "account=lab", "qos=long",
-        "constraint=a100", "mem=400G", "time=2160", "signal=USR2@300", "requeue", "open-mode=append", "mail-type=FAIL",
-        "job-name=x",
+        "nodes=4", "gpus-per-node=8", "ntasks-per-node=8", "cpus-per-task=8", "partition=gpu", "account=lab",
+        "qos=long", "constraint=a100", "mem=400G", "time=2160", "signal=USR2@300", "requeue",
+        "open-mode=append", "mail-type=FAIL", "job-name=x",
     ):  # fmt: skip
         assert f"#SBATCH --{option}" in lines
     [srun] = [line for line in lines if line.startswith("srun ")]
@@ -181,15 +180,11 @@ def test_dry_run_prints_the_script_and_writes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_without_sbatch_it_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_sbatch_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["launch", *small_config(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert (
-        "sbatch is not on the path" in error and "cluster.executor=local" in error and error.count("\n") == 1
-    )
+    assert "sbatch is not on the path" in error and "cluster.executor=local" in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
@@ -219,11 +214,10 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_launch(folder, LaunchRecord("grid", "slurm", runs, "7", "2026-01-01 00:00:00"))
     write_state(folder, 0, RunState(job="7_0", starts=2, step=40, outcome="done"))
     write_state(folder, 1, RunState(job="7_1", starts=1, outcome="failed", reason="a mistake"))
-    write_state(
-        folder, 2, RunState(job="7_2", starts=4, stalled=4, outcome="stalled", reason="exit code 1; given up")
-    )
+    write_state(folder, 2, RunState(job="7_2", starts=4, stalled=4, outcome="stalled", reason="exit code 1; given up"))
     error_file(folder, 1).write_text("rte has no test split; choose another task\n")
-    log = "Traceback (most recent call last):\n  ...\ntorch.OutOfMemoryError: CUDA out of memory\nsrun: error: Exited\n"
+    log = "Traceback (most recent call last):\n  ...\ntorch.OutOfMemoryError: CUDA out of memory\n"
+    log += "srun: error: Exited\n"
     (folder / "7_2_0_log.out").write_text(log)
     (folder / "7_2_10_log.out").write_text("later\n")
     (tmp_path / "grid" / "seed=0" / "checkpoints" / "step_00000040").mkdir(parents=True)
@@ -264,9 +258,7 @@ def test_a_damaged_record_is_one_line(recorded: Path, capsys: pytest.CaptureFixt
 
 def test_a_snapshot_runs_by_itself(tmp_path: Path) -> None:
     code = take_snapshot(tmp_path)
-    assert (code / "configs" / "glue_large.yaml").is_file() and (
-        code / "hdscale" / "cluster" / "batch.sh"
-    ).is_file()
+    assert (code / "configs" / "glue_large.yaml").is_file() and (code / "hdscale" / "cluster" / "batch.sh").is_file()
     assert not list(code.rglob("__pycache__"))
     command = "import hdscale.config; print(hdscale.config.__file__)"
 

@@ -3,7 +3,8 @@
     python -m hdscale.cluster.batch begin (--launch DIR | --config FILE [key=value ...])
     python -m hdscale.cluster.batch end --code N --state STATE (--launch DIR | --config FILE [key=value ...])
 
-`end` answers with its exit code: 0 put the job back into the queue, 3 do not. No torch: it runs while a grace period ends.
+`end` answers with its exit code: 0 put the job back into the queue, 3 do not. No torch: it runs while a grace
+period ends.
 """
 
 from __future__ import annotations
@@ -34,16 +35,14 @@ from hdscale.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR
 ANSWER_AGAIN = 0
 ANSWER_NOT_AGAIN = 3
 RUNNING_STATES = ("RUNNING", "UNKNOWN")
-"""States in which the job is still its own master. Otherwise SLURM has decided: scancel, scontrol requeue, pre-emption."""
+"""States in which the job is still its own master. Otherwise SLURM has decided (scancel, requeue …)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run `begin` or `end`."""
     parser = argparse.ArgumentParser(prog="hdscale.cluster.batch", allow_abbrev=False)
     parser.add_argument("moment", choices=["begin", "end"])
-    parser.add_argument(
-        "--launch", metavar="DIR", help="folder of a launch; the run is that of the array index"
-    )
+    parser.add_argument("--launch", metavar="DIR", help="folder of a launch; the run is that of the array index")
     parser.add_argument("--config", metavar="FILE")
     parser.add_argument("--log", default="", help="file of the job's output")
     parser.add_argument("--code", type=int, default=0, help="exit code of the ranks")
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def begin(args: argparse.Namespace) -> int:
-    """Check the configuration before any rank starts, note that the job runs, print the path of its error file."""
+    """Check the configuration before any rank starts, note the start, print the path of the error file."""
     folder, index, run, _ = locate(args, os.environ)
     note_start(folder, index, run, job_id(os.environ), args.log)
     print(error_file(folder, index))
@@ -98,7 +97,7 @@ def decide(state: RunState, code: int, slurm_state: str, step: int, limit: int) 
 
     Args:
         state: as it was when the job started; changed and returned.
-        code: 0 done, 2 the user's mistake, 75 pre-empted with a checkpoint; else a crash, a kill or a lost rank.
+        code: 0 done, 2 the user's mistake, 75 pre-empted with a checkpoint; else a crash or a lost rank.
         slurm_state: SLURM's state of the job now.
         step: of the newest checkpoint.
         limit: ends in a row without a newer checkpoint that are forgiven.

@@ -34,12 +34,10 @@ def check_slurm(cluster: ClusterSettings) -> None:
     """Compare what is asked for with what the partition has.
 
     Raises:
-        UserError: no sbatch, no controller, an unknown partition, or more nodes, GPUs or cores than there are.
+        UserError: no sbatch, no controller, an unknown partition; more nodes, GPUs or cores than there are.
     """
     if not has_slurm():
-        raise UserError(
-            "sbatch is not on the path; launch from a login node of the cluster, or set cluster.executor=local"
-        )
+        raise UserError("sbatch is not on the path; launch from a login node of the cluster, or set cluster.executor=local")
     partitions = read_partitions()
     name = cluster.partition
     if name is None:
@@ -62,15 +60,13 @@ def check_slurm(cluster: ClusterSettings) -> None:
         "cpus_per_task": (
             cluster.cpus_per_task * ranks_per_node(cluster),
             partition.cpus,
-            f"{ranks_per_node(cluster)} ranks a node with {cluster.cpus_per_task} cores each are more than the "
-            f"{partition.cpus} cores of a node of partition {partition.name}",
+            f"{ranks_per_node(cluster)} ranks a node with {cluster.cpus_per_task} cores each are more than "
+            f"the {partition.cpus} cores of a node of partition {partition.name}",
         ),
     }
     for key, (asked, available, words) in wanted.items():
         if asked > available:
-            raise UserError(
-                f"cluster.{key}={getattr(cluster, key)}: {words}; ask for less or name another partition"
-            )
+            raise UserError(f"cluster.{key}={getattr(cluster, key)}: {words}; ask for less or name another partition")
 
 
 def read_partitions() -> dict[str, Partition]:

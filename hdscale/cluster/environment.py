@@ -1,7 +1,7 @@
 """Which rank of how many this process is, read from what started it. Light: no torch.
 
-In order: torchrun, the `deepspeed` launcher, submitit's local executor, srun, RANK and WORLD_SIZE set by hand, nothing.
-A launcher that runs inside a SLURM step comes before SLURM, whose variables it leaves in place.
+In order: torchrun, the `deepspeed` launcher, submitit's local executor, srun, RANK and WORLD_SIZE set by
+hand, nothing. A launcher that runs inside a SLURM step comes before SLURM, whose variables it leaves in place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hdscale.errors import UserError
 
 PORT_BASE, PORT_JOBS, PORT_STEPS = 15000, 1024, 16
-"""Ports 15000-31383: below the range from which Linux hands out ports to outgoing connections (32768 and up)."""
+"""Ports 15000-31383: below those that Linux hands out to outgoing connections (32768 and up)."""
 
 
 LAUNCHERS = {
@@ -33,7 +33,8 @@ class Launch:
     """Who this process is among the ranks, and where they meet.
 
     Attributes:
-        launcher: torchrun, deepspeed, environment (RANK and its companions, set by hand), submitit, slurm or none.
+        launcher: torchrun, deepspeed, submitit, slurm, environment (RANK and its companions, set by hand) or
+            none.
         rank, world_size: number of this rank, and of ranks.
         local_rank, local_world_size: number of this rank on its node (its GPU), and of the ranks there.
         master_addr, master_port: where rank 0 listens; port 0: any free one (a single process).
@@ -55,7 +56,8 @@ class Launch:
             return f"no launcher{job}: one process"
         return (
             f"{LAUNCHERS[self.launcher]}{job}: rank {self.rank} of {self.world_size}, "
-            f"local rank {self.local_rank} of {self.local_world_size}, rendezvous at {self.master_addr}:{self.master_port}"
+            f"local rank {self.local_rank} of {self.local_world_size}, "
+            f"rendezvous at {self.master_addr}:{self.master_port}"
         )
 
 
@@ -86,7 +88,7 @@ def read_environment(environ: Mapping[str, str] = os.environ) -> Launch:
         # only now: a SLURM step knows better than variables left over in the user's shell
         launch = from_rank_variables(environ, "environment")
     else:
-        # in a batch script or an salloc shell without srun there is one process, whatever the allocation's size
+        # in a batch script or an salloc shell, without srun: one process, whatever the allocation's size
         job = environ.get("SLURM_JOB_ID", "")
         launch = Launch("none", job=f"(inside SLURM job {job}, but not by srun)" if job else "")
     if not 0 <= launch.rank < launch.world_size:
@@ -110,8 +112,8 @@ def from_rank_variables(environ: Mapping[str, str], launcher: str) -> Launch:
 def from_slurm(environ: Mapping[str, str]) -> Launch:
     """A task of an srun step.
 
-    HDSCALE_MASTER_ADDR and HDSCALE_MASTER_PORT override the meeting place; MASTER_ADDR does not, since sbatch carries
-    along whatever the user's shell had.
+    HDSCALE_MASTER_ADDR and HDSCALE_MASTER_PORT override the meeting place; MASTER_ADDR does not, since sbatch
+    carries along whatever the user's shell had.
     """
     job, step = number(environ, "SLURM_JOB_ID"), number(environ, "SLURM_STEP_ID")
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
@@ -143,15 +145,11 @@ def number(environ: Mapping[str, str], name: str, default: int | None = None) ->
     if text is None or text == "":
         if default is not None:
             return default
-        raise UserError(
-            f"{name} is not set though its companions are; start with srun, torchrun or deepspeed"
-        )
+        raise UserError(f"{name} is not set though its companions are; start with srun, torchrun or deepspeed")
     try:
         return int(text)
     except ValueError:
-        raise UserError(
-            f"{name}={text!r} is not a number; unset it or start with srun, torchrun or deepspeed"
-        ) from None
+        raise UserError(f"{name}={text!r} is not a number; unset it or start with srun, torchrun or deepspeed") from None
 
 
 def port_of_job(job: int, step: int = 0) -> int:
@@ -182,9 +180,7 @@ def expand_node_list(nodes: str) -> list[str]:
     for group in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
         partial = [""]
         for literal, ranges in re.findall(r"([^\[]+)|\[([^\]]*)\]", group):
-            choices = (
-                [literal] if literal else [one for part in ranges.split(",") for one in expand_range(part)]
-            )
+            choices = [literal] if literal else [one for part in ranges.split(",") for one in expand_range(part)]
             partial = [start + choice for start in partial for choice in choices]
         names += partial
     return names

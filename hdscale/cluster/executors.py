@@ -20,9 +20,7 @@ from hdscale.errors import UserError, nearest
 EXECUTORS = ("slurm", "local", "debug")
 
 
-def build_executor(
-    cluster: ClusterSettings, folder: Path, name: str, code: Path, dry_run: bool = False
-) -> submitit.Executor:
+def build_executor(cluster: ClusterSettings, folder: Path, name: str, code: Path, dry_run: bool = False) -> submitit.Executor:
     """The executor that `cluster.executor` names, with the resources that `cluster` asks for.
 
     Args:
@@ -142,9 +140,7 @@ def batch_python(cluster: ClusterSettings) -> list[str]:
 def check_settings(cluster: ClusterSettings) -> None:
     """Raise UserError for a value of `cluster.*` that cannot be meant."""
     if cluster.executor not in EXECUTORS:
-        raise UserError(
-            f"cluster.executor={cluster.executor!r} is unknown{nearest(cluster.executor, EXECUTORS)}"
-        )
+        raise UserError(f"cluster.executor={cluster.executor!r} is unknown{nearest(cluster.executor, EXECUTORS)}")
     for key in ("nodes", "cpus_per_task", "array_parallelism"):
         if getattr(cluster, key) < 1:
             raise UserError(f"cluster.{key}={getattr(cluster, key)}: must be at least 1")
@@ -152,9 +148,7 @@ def check_settings(cluster: ClusterSettings) -> None:
         if getattr(cluster, key) < 0:
             raise UserError(f"cluster.{key}={getattr(cluster, key)}: must be at least 0")
     if cluster.executor == "local" and cluster.nodes > 1:
-        raise UserError(
-            f"cluster.executor=local has this machine only: set cluster.nodes=1 (not {cluster.nodes})"
-        )
+        raise UserError(f"cluster.executor=local has this machine only: set cluster.nodes=1 (not {cluster.nodes})")
     if cluster.executor == "debug" and cluster.nodes * ranks_per_node(cluster) > 1:
         raise UserError("cluster.executor=debug is one process: set cluster.nodes=1 cluster.tasks_per_node=1")
     if minutes(cluster.time) * 60 <= cluster.signal_delay and cluster.executor == "slurm":

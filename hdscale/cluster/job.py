@@ -22,8 +22,9 @@ LOCAL_AGAIN = 144
 class TrainingJob:
     """One run of a launch, as a picklable callable without arguments.
 
-    Signals, checkpoints and requeueing are the run's own (`hdscale.engine.preemption`, `hdscale/cluster/batch.sh`):
-    submitit's would tell global rank 0 only, and count every interruption of a short job as a time-out.
+    Signals, checkpoints and requeueing are the run's own (`hdscale.engine.preemption`,
+    `hdscale/cluster/batch.sh`): submitit's would tell global rank 0 only, and count every interruption of a
+    short job as a time-out.
 
     Attributes:
         launch: folder of the launch.
@@ -36,7 +37,7 @@ class TrainingJob:
     fresh: bool = False
 
     def __call__(self) -> int:
-        # submitit has installed its handlers just before; until the run has its own, a signal simply ends this rank
+        # submitit has installed its handlers just before; until the run has its own, a signal ends this rank
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT):
             signal.signal(number, signal.SIG_DFL)
         folder = Path(self.launch)
@@ -65,9 +66,7 @@ class TrainingJob:
             return self.train(folder)
         run = read_launch(folder).runs[self.index]
         job = os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
-        note_start(
-            folder, self.index, run, job, str(folder / f"{job}_0_log.out") if executor == "local" else ""
-        )
+        note_start(folder, self.index, run, job, str(folder / f"{job}_0_log.out") if executor == "local" else "")
         try:
             code = self.train(folder)
         except Exception:

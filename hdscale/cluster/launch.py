@@ -48,28 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from hdscale.cli import add_config_arguments
 
     add_config_arguments(parser, required=False)
-    parser.add_argument(
-        "--sweep", nargs="+", metavar="key=a,b", default=[], help="one job array over all combinations"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check, print the sbatch script, submit nothing"
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="start anew; an earlier run of this name is moved aside"
-    )
+    parser.add_argument("--sweep", nargs="+", metavar="key=a,b", default=[], help="one job array over all combinations")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the sbatch script, submit nothing")
+    parser.add_argument("--fresh", action="store_true", help="start anew; an earlier run of this name is moved aside")
     which = parser.add_mutually_exclusive_group()
     # '' stands for all launches
-    which.add_argument(
-        "--status", nargs="?", const="", metavar="NAME", help="state of a launch (no NAME: list them)"
-    )
+    which.add_argument("--status", nargs="?", const="", metavar="NAME", help="state of a launch (no NAME: list them)")
     which.add_argument("--logs", metavar="NAME", help="last lines of each run's log")
     which.add_argument("--cancel", metavar="NAME", help="cancel what is queued or running")
-    parser.add_argument(
-        "--lines", type=int, default=20, help="lines that --logs shows of a run (default: 20)"
-    )
-    parser.add_argument(
-        "--dir", default="runs", help="run.dir of the launch that --status, --logs, --cancel mean"
-    )
+    parser.add_argument("--lines", type=int, default=20, help="lines that --logs shows of a run (default: 20)")
+    parser.add_argument("--dir", default="runs", help="run.dir of the launch that --status, --logs, --cancel mean")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,24 +78,17 @@ def run(args: argparse.Namespace) -> int:
     return launch(config, runs, args.fresh, args.dry_run)
 
 
-def plan_runs(
-    path: str, overrides: list[str], sweep: list[str]
-) -> tuple[Config, list[tuple[Config, list[str]]]]:
+def plan_runs(path: str, overrides: list[str], sweep: list[str]) -> tuple[Config, list[tuple[Config, list[str]]]]:
     """(the launch's own configuration, [(configuration, swept settings) of each run])."""
     config = load_config(path, overrides)
     if config.run.name == LAUNCHES:
-        raise UserError(
-            f"run.name={LAUNCHES} is taken: the folder of that name holds the records of launches"
-        )
+        raise UserError(f"run.name={LAUNCHES} is taken: the folder of that name holds the records of launches")
     if not sweep:
         runs = [(config, [])]
     else:
         # the runs of a sweep share a folder that is called after the launch
         shared = f"run.dir={Path(config.run.dir) / config.run.name}"
-        runs = [
-            (load_config(path, [*overrides, *swept, shared, f"run.name={name}"]), swept)
-            for name, swept in expand(sweep)
-        ]
+        runs = [(load_config(path, [*overrides, *swept, shared, f"run.name={name}"]), swept) for name, swept in expand(sweep)]
     return config, runs
 
 
@@ -166,7 +147,7 @@ def launch(config: Config, runs: list[tuple[Config, list[str]]], fresh: bool, dr
 
 
 def refuse_live(folder: Path) -> None:
-    """Raise where jobs of a launch of this name are still queued or running: two would write to the same folder."""
+    """Raise where jobs of a launch of this name are queued or running: two would write to the same folder."""
     if not (folder / "launch.json").exists():
         return
     record = read_launch(folder)
@@ -178,15 +159,13 @@ def refuse_live(folder: Path) -> None:
 
 
 def write_files(config: Config, runs: list[tuple[Config, list[str]]], folder: Path) -> LaunchRecord:
-    """Write the record, and the resolved configuration of every run, so that later edits change no queued job."""
+    """Write the record, and the resolved configuration of every run: later edits change no queued job."""
     entries = []
     for index, (one, swept) in enumerate(runs):
         path = folder / "configs" / f"{index}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(to_dict(one), sort_keys=False, allow_unicode=True))
-        entries.append(
-            RunEntry(one.run.name, str((Path(one.run.dir) / one.run.name).absolute()), str(path), swept)
-        )
+        entries.append(RunEntry(one.run.name, str((Path(one.run.dir) / one.run.name).absolute()), str(path), swept))
     for stale in [*folder.glob("state.*.json"), *folder.glob("error.*.txt")]:
         stale.unlink()
     record = LaunchRecord(config.run.name, config.cluster.executor, entries, "", now())

@@ -1,7 +1,7 @@
-"""What is written down about a launch: `<run.dir>/launches/<name>/launch.json`, and `state.<index>.json` of each run.
+"""What is written down about a launch: `launch.json` and `state.<index>.json` in `<run.dir>/launches/<name>/`.
 
-`hdscale launch` and the batch jobs write it, `hdscale launch --status` reads it. Plain files, since a cluster without
-accounting forgets a job minutes after its end.
+`hdscale launch` and the batch jobs write it, `hdscale launch --status` reads it. Plain files, since a cluster
+without accounting forgets a job minutes after its end.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class RunState:
         stalled: ends in a row without a newer checkpoint.
         step: step of the newest checkpoint at the last end; -1: none.
         code: exit code of the ranks at the last end.
-        outcome: running, again (requeued by itself), left (ended or requeued by SLURM), done, failed or stalled.
+        outcome: running, again (requeued by itself), left (ended or requeued by SLURM), done, failed or
+            stalled.
         reason: the outcome in words.
         time: when this was written, UTC.
     """
@@ -139,9 +140,7 @@ def newest_step(run_folder: str | Path) -> int:
     Checkpoints get their name when they are complete, so the name is enough to see progress.
     """
     steps = [
-        int(match[1])
-        for path in Path(run_folder).glob("checkpoints/step_*")
-        if (match := re.fullmatch(r"step_(\d+)", path.name))
+        int(match[1]) for path in Path(run_folder).glob("checkpoints/step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))
     ]
     return max(steps, default=-1)
 

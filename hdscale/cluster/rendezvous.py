@@ -22,8 +22,8 @@ class RendezvousError(RuntimeError):
 def meet(launch: Launch, seconds: float) -> dist.TCPStore:
     """Wait for every rank of a launch with more than one.
 
-    torch's own rendezvous tells each rank only that its time is up. Here each rank signs in at rank 0, which tells
-    all of them who has not.
+    torch's own rendezvous tells each rank only that its time is up. Here each rank signs in at rank 0, which
+    tells all of them who has not.
 
     Args:
         launch: this rank's place.
@@ -53,8 +53,9 @@ def meet(launch: Launch, seconds: float) -> dist.TCPStore:
                 f"rank 0 on {socket.gethostname()} cannot listen at {place} ({detail}); {remedy(launch)}"
             ) from error
         raise RendezvousError(
-            f"rank {launch.rank} on {socket.gethostname()} does not reach rank 0 at {place} within {seconds:g} s "
-            f"({detail}); rank 0 is missing, or cluster.interface / HDSCALE_MASTER_ADDR must name another network"
+            f"rank {launch.rank} on {socket.gethostname()} does not reach rank 0 at {place} within "
+            f"{seconds:g} s ({detail}); rank 0 is missing, or cluster.interface / HDSCALE_MASTER_ADDR must "
+            "name another network"
         ) from error
     ours = token(launch)
     if launch.rank == 0:
@@ -71,18 +72,14 @@ def meet(launch: Launch, seconds: float) -> dist.TCPStore:
         store.wait(["hdscale/run"], timedelta(seconds=max(1.0, end - time.monotonic())))
         theirs = store.get("hdscale/run").decode()
         if theirs != ours:
-            raise RendezvousError(
-                f"another run ({theirs}) listens at {place}, not this one ({ours}); {remedy(launch)}"
-            )
+            raise RendezvousError(f"another run ({theirs}) listens at {place}, not this one ({ours}); {remedy(launch)}")
         store.set(key(launch.rank), ours)
         store.wait(["hdscale/verdict"], timedelta(seconds=max(1.0, end - time.monotonic()) + GRACE_SECONDS))
         verdict = store.get("hdscale/verdict").decode()
     except (dist.DistError, RuntimeError) as error:
         if isinstance(error, RendezvousError):
             raise
-        raise RendezvousError(
-            f"rank 0 at {place} has left before all ranks were there; see its log"
-        ) from error
+        raise RendezvousError(f"rank 0 at {place} has left before all ranks were there; see its log") from error
     if verdict:
         raise RendezvousError(verdict)
     return store
@@ -127,7 +124,5 @@ def describe(missing: list[int], world_size: int) -> str:
     """`ranks 3, 5 of 8 are missing`."""
     if len(missing) == 1:
         return f"rank {missing[0]} of {world_size} is missing"
-    shown = ", ".join(map(str, missing[:32])) + (
-        f" and {len(missing) - 32} more" if len(missing) > 32 else ""
-    )
+    shown = ", ".join(map(str, missing[:32])) + (f" and {len(missing) - 32} more" if len(missing) > 32 else "")
     return f"ranks {shown} of {world_size} are missing"

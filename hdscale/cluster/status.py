@@ -52,9 +52,8 @@ def show_launches(run_dir: str) -> int:
         print(f"no launch is recorded in {Path(run_dir, LAUNCHES)}")
     for path in folders:
         record = read_launch(path.parent)
-        print(
-            f"{record.name}: {record.executor} job {record.job}, {len(record.runs)} runs, {record.submitted} UTC"
-        )
+        runs = f"{len(record.runs)} runs"
+        print(f"{record.name}: {record.executor} job {record.job}, {runs}, {record.submitted} UTC")
     return 0
 
 
@@ -69,9 +68,7 @@ def show_status(run_dir: str, name: str) -> int:
         state = read_state(folder, index)
         words = describe(record, index, run, state, known)
         step = newest_step(run.folder)
-        table.add_row(
-            run.name, record.job_of(index), words, "-" if step < 0 else str(step), str(state.starts or "-")
-        )
+        table.add_row(run.name, record.job_of(index), words, "-" if step < 0 else str(step), str(state.starts or "-"))
         if state.outcome in ("failed", "stalled") or (state.outcome == "again" and state.stalled):
             errors.append(f"{run.name}: {find_error(folder, index, record, state)}")
     # rows must not be cut where the output goes to a file or a narrow terminal
@@ -94,11 +91,7 @@ def describe(record: LaunchRecord, index: int, run: RunEntry, state: RunState, k
         return "done"
     if state.outcome in OUTCOMES:
         return OUTCOMES[state.outcome]
-    return (
-        "lost: cancelled, or its node died"
-        if record.executor in ("slurm", "sbatch")
-        else "ended without a word"
-    )
+    return "lost: cancelled, or its node died" if record.executor in ("slurm", "sbatch") else "ended without a word"
 
 
 def live_jobs(record: LaunchRecord) -> dict[str, str]:
@@ -107,7 +100,7 @@ def live_jobs(record: LaunchRecord) -> dict[str, str]:
 
 
 def known_jobs(record: LaunchRecord) -> dict[str, str]:
-    """{job id: state} of the record's jobs that the controller has not forgotten (minutes after a job's end)."""
+    """{job id: state} of the record's jobs that SLURM has not forgotten (minutes after a job's end)."""
     if record.executor in ("slurm", "sbatch"):
         if not shutil.which("squeue") or not record.job:
             return {}
@@ -121,9 +114,7 @@ def known_jobs(record: LaunchRecord) -> dict[str, str]:
             f"--jobs={record.job}",
         ]
         done = subprocess.run(command, capture_output=True, text=True)
-        return dict(
-            line.split() for line in done.stdout.splitlines()
-        )  # an id that squeue has forgotten: none
+        return dict(line.split() for line in done.stdout.splitlines())  # an id that squeue has forgotten: none
     pids = [job for job in record.job.split(",") if job and is_controller(int(job))]
     return {record.job: "RUNNING"} if pids else {}
 
@@ -147,7 +138,7 @@ def log_files(folder: Path, index: int, record: LaunchRecord, state: RunState) -
 
 
 def find_error(folder: Path, index: int, record: LaunchRecord, state: RunState) -> str:
-    """Why a run failed: the user's mistake, else the last exception in its logs, else the ranks' exit code."""
+    """Why a run failed: the user's mistake, else the last exception in its logs, else the exit code."""
     mistakes = error_file(folder, index)
     if mistakes.exists():
         return mistakes.read_text().split("\n")[0]

@@ -11,8 +11,8 @@ from hdscale.errors import UserError
 def expand(axes: list[str]) -> list[tuple[str, list[str]]]:
     """(name, overrides) of every run of a sweep, the last axis changing fastest.
 
-    An axis is `key=value,value,…`; `1..25` stands for the whole numbers from 1 to 25, both included; a comma inside
-    brackets does not separate (`data.tasks=[cola,sst2],[rte]`).
+    An axis is `key=value,value,…`; `1..25` stands for the whole numbers from 1 to 25, both included; a comma
+    inside brackets does not separate (`data.tasks=[cola,sst2],[rte]`).
 
     Raises:
         UserError: for an axis that is not key=values, one without a value, or a key that comes twice.
@@ -22,9 +22,7 @@ def expand(axes: list[str]) -> list[tuple[str, list[str]]]:
         key, separator, text = axis.partition("=")
         values = [value for part in split(text) for value in numbers(part)]
         if not separator or not key or not values:
-            raise UserError(
-                f"--sweep {axis!r} is not key=value,value; write for example --sweep run.seed=1..5"
-            )
+            raise UserError(f"--sweep {axis!r} is not key=value,value; write for example --sweep run.seed=1..5")
         columns.append([(key, value) for value in values])
     keys = [column[0][0] for column in columns]
     for key in keys:

@@ -1,8 +1,8 @@
 """Bring up a real SLURM on one machine: munged, slurmctld and one slurmd a node, all below one folder.
 
-Nothing outside that folder is touched but `/etc/hosts` (the nodes' names must resolve), so that a SLURM that the
-machine already has is left alone. The nodes' sizes are fictitious: SLURM believes them (`config_overrides`), and a GPU
-is a link to /dev/null. As root:
+Nothing outside that folder is touched but `/etc/hosts` (the nodes' names must resolve), so that a SLURM that
+the machine already has is left alone. The nodes' sizes are fictitious: SLURM believes them
+(`config_overrides`), and a GPU is a link to /dev/null. As root:
 
     python -m tests.slurm_cluster.cluster /tmp/slurm      # starts; prints the line to export; Ctrl-C stops
 """
@@ -64,8 +64,8 @@ JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/completed.txt
 GresTypes=gpu
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=1 GraceTime=60
-PartitionName=high Nodes={names} MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=main Nodes={names} Default=YES DefaultTime=60 State=UP PriorityTier=1 GraceTime=60
+PartitionName=high Nodes={names} DefaultTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -77,7 +77,7 @@ class SlurmCluster:
     """A running SLURM. `env` is what a client's environment needs to reach it.
 
     Args:
-        folder: everything of the cluster lies here; must be short enough for a socket's path (about 90 characters).
+        folder: everything of the cluster lies here; short enough for a socket's path (about 90 characters).
         nodes, cpus, gpus, memory: number of nodes, and what each has (memory in MB), true or not.
     """
 
@@ -99,7 +99,7 @@ class SlurmCluster:
         self.stop()
 
     def start(self) -> None:
-        """Install what is missing, write the configuration, start the daemons, wait until the nodes are idle."""
+        """Install what is missing, write the configuration, start the daemons, wait for the nodes."""
         install_packages()
         self.write_configuration()
         munge_socket = self.folder / "munge.socket"
@@ -110,13 +110,11 @@ class SlurmCluster:
         )  # fmt: skip
         wait_until(munge_socket.exists, 10, "munged does not open its socket", self.logs)
         self.spawn("slurmctld", "-D", "-f", self.env["SLURM_CONF"])
-        wait_until(
-            lambda: " UP" in self.output("scontrol", "ping"), 30, "slurmctld does not answer", self.logs
-        )
+        wait_until(lambda: " UP" in self.output("scontrol", "ping"), 30, "slurmctld does not answer", self.logs)
         for name in self.names:
             self.spawn("slurmd", "-D", "-f", self.env["SLURM_CONF"], "-N", name)
         wait_until(
-            lambda: self.output("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * self.nodes,
+            lambda: self.output("sinfo", "-hN", "-p", "main", "-o", "%T").split() == ["idle"] * self.nodes,
             60, "the nodes do not come up", self.logs,
         )  # fmt: skip
 
@@ -130,9 +128,7 @@ class SlurmCluster:
         for name, port in zip(self.names, ports[1:], strict=True):
             (self.folder / f"spool-{name}").mkdir(exist_ok=True)
             size = f"CPUs={self.cpus} RealMemory={self.memory} Gres=gpu:{self.gpus}"
-            lines.append(
-                f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {size} State=UNKNOWN"
-            )
+            lines.append(f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {size} State=UNKNOWN")
         (self.folder / "slurm.conf").write_text(
             CONFIGURATION.format(
                 host=host,
@@ -192,7 +188,9 @@ class SlurmCluster:
     def run(self, *command: str, timeout: float = 120, **options: object) -> subprocess.CompletedProcess[str]:
         """A client command in the cluster's environment, output captured."""
         options = {"env": self.env, **options}
-        return subprocess.run(command, text=True, capture_output=True, timeout=timeout, **options)  # type: ignore[call-overload]
+        return subprocess.run(  # type: ignore[call-overload]
+            command, text=True, capture_output=True, timeout=timeout, **options
+        )
 
     def output(self, *command: str) -> str:
         """What a client command prints; empty where it fails."""
@@ -222,9 +220,7 @@ def install_packages() -> None:
     if all(find_program(name) for name in PROGRAMS):
         return
     if not shutil.which("apt-get"):
-        raise ClusterUnavailable(
-            f"SLURM is not installed and there is no apt-get to install {' '.join(PACKAGES)}"
-        )
+        raise ClusterUnavailable(f"SLURM is not installed and there is no apt-get to install {' '.join(PACKAGES)}")
     apt = ["apt-get", "-q", "-y", "--no-install-recommends"]
     env = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
     for command in (["apt-get", "-q", "update"], [*apt, "install", *PACKAGES]):

@@ -23,7 +23,9 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("world_size, variant", [(1, "fp32"), (2, "fp32"), (2, "zero1"), (2, "zero2"), (2, "offload"), (2, "zero3_small")])
+@pytest.mark.parametrize(
+    "world_size, variant", [(1, "fp32"), (2, "fp32"), (2, "zero1"), (2, "zero2"), (2, "offload"), (2, "zero3_small")]
+)
 def test_killed_in_mid_step_and_resumed_bit_for_bit(rank_pool, tmp_path, world_size, variant):
     """kill -9 between two micro-batches, with dropout, accumulation and a schedule: the same losses, weights, moments."""
     config = ZERO.get(variant, {"dtype": "fp32"})

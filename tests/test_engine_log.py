@@ -129,9 +129,7 @@ def test_a_lost_console_does_not_stop_a_run(tmp_path):
         "[log.info('x' * 5000) for _ in range(50)]\n"
         "log.info('still here'); log.close()\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdout.close()
     process.communicate(b"go\n")
     assert process.returncode == 0

@@ -9,6 +9,7 @@ import torch
 
 from hdscale.engine.deepspeed_engine import dropout_seed
 from hdscale.engine.optimizer import build_optimizer, learning_rate_factor
+from tests.tiny import save_tiny_t5
 from tests.toy import ToyModel, global_batch, settings
 
 ZERO = {
@@ -93,7 +94,9 @@ def test_clipping_bounds_the_update(rank_pool):
     assert clipped["norms"][0] == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("fault, stage", [("loss", "zero2"), ("gradient", "zero2"), ("gradient", "zero1"), ("gradient", "zero3_small")])
+@pytest.mark.parametrize(
+    "fault, stage", [("loss", "zero2"), ("gradient", "zero2"), ("gradient", "zero1"), ("gradient", "zero3_small")]
+)
 def test_a_nan_stops_the_run(rank_pool, tmp_path, fault, stage):
     """On every rank, with the step, tasks and ids; weights and the last checkpoint stay as they were."""
     results = rank_pool(2).run("tests.engine_jobs:non_finite", {"fault": fault, "folder": str(tmp_path), **ZERO[stage]})
@@ -145,3 +148,23 @@ def test_collectives(rank_pool):
         assert result["objects"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
         assert result["broadcast"] == "from 0" and result["main"] == 10, rank
         assert result["mistake"] == "no such file; look elsewhere"
+
+
+def test_a_hyperdecoder_under_zero_2_and_3(rank_pool, tmp_path):
+    """Trains alike, decodes uneven batches between steps, and repeats a step bit for bit after loading a checkpoint."""
+    base = save_tiny_t5(tmp_path / "base", vocabulary=64)
+    small = {"dim": 5}
+    method = {"name": "hyperdecoder", "encoder": small, "decoder": small, "hypernet": {"bottleneck": 6}}
+    first, second = rank_pool(2).run(
+        "tests.engine_jobs:adapted_model",
+        {
+            "base": str(base),
+            "folder": str(tmp_path),
+            "methods": [method],
+            "variants": [ZERO["zero2"], ZERO["zero3_small"]],
+        },
+    )
+    for here, there in zip(first, second, strict=True):
+        assert here["losses"] == there["losses"] and here["again"] == here["losses"][-1]
+        assert all(torch.equal(here["masters"][name], there["masters"][name]) for name in here["masters"])
+        assert here["losses"] == pytest.approx(first[0]["losses"], rel=0.01)

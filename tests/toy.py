@@ -50,9 +50,7 @@ def settings(**train: object) -> SimpleNamespace:
     """The part of a run's configuration that the engine reads; `deepspeed` and `seed` are keys too."""
     deepspeed, seed = train.pop("deepspeed", None), train.pop("seed", 3)
     defaults = dict(max_steps=12, global_batch_size=BATCH, learning_rate=0.02, warmup_steps=2, dtype="fp32")
-    return SimpleNamespace(
-        train=TrainSettings(**{**defaults, **train}), deepspeed=deepspeed, run=RunSettings(seed=seed)
-    )
+    return SimpleNamespace(train=TrainSettings(**{**defaults, **train}), deepspeed=deepspeed, run=RunSettings(seed=seed))
 
 
 def global_batch(step: int) -> dict[str, torch.Tensor]:

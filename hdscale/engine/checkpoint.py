@@ -1,10 +1,10 @@
 """Checkpoints that any number of ranks can read: whole tensors by name, written beside and renamed into place.
 
-    checkpoints/step_00001000/
-        trainable.safetensors     fp32 masters by parameter name; trainable-00001.safetensors … where one file is too small
-        optimizer.safetensors     AdamW's exp_avg.<name> and exp_avg_sq.<name>; absent at step 0
-        state.json                step, what the training loop keeps (data position, best score, time, tokens), versions
-        manifest.json             size and SHA-256 of every file: written last, and what makes the rest a checkpoint
+checkpoints/step_00001000/
+    trainable.safetensors     fp32 masters by parameter name; trainable-00001.safetensors … where one file is too small
+    optimizer.safetensors     AdamW's exp_avg.<name> and exp_avg_sq.<name>; absent at step 0
+    state.json                step, what the training loop keeps (data position, best score, time, tokens), versions
+    manifest.json             size and SHA-256 of every file: written last, and what makes the rest a checkpoint
 """
 
 from __future__ import annotations

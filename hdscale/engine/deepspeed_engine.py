@@ -72,9 +72,7 @@ class Engine:
         parameters: {name: parameter} of the trainables, in the model's order.
     """
 
-    def __init__(
-        self, model: nn.Module, train: Any, json_config: dict[str, Any], ranks: Ranks, seed: int
-    ) -> None:
+    def __init__(self, model: nn.Module, train: Any, json_config: dict[str, Any], ranks: Ranks, seed: int) -> None:
         import deepspeed
 
         self.ranks, self.train, self.seed = ranks, train, seed
@@ -156,9 +154,7 @@ class Engine:
             ids = [identity for _, identity in everyone]
             more = f" and {len(ids) - IDS_SHOWN} more" if len(ids) > IDS_SHOWN else ""
             message += f"; tasks {', '.join(sorted({task for task, _ in everyone}))}; ids {', '.join(ids[:IDS_SHOWN])}{more}"
-        return NonFiniteError(
-            f"{message}; the last checkpoint is untouched: lower train.learning_rate, or look at these rows"
-        )
+        return NonFiniteError(f"{message}; the last checkpoint is untouched: lower train.learning_rate, or look at these rows")
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:

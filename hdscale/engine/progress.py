@@ -76,9 +76,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self._write("train.log", stamped(f"{kind.__name__ if kind else ''}: {error}"))
         self.close()
@@ -197,9 +195,7 @@ class RunLog:
         if not self._active:
             return
         scores = {f"{task}/{name}": value for task, values in metrics.items() for name, value in values.items()}
-        self._metrics(
-            {"kind": "evaluation", "step": step, "split": split, **averages, "selection": selection, **scores}, split
-        )
+        self._metrics({"kind": "evaluation", "step": step, "split": split, **averages, "selection": selection, **scores}, split)
         summary = "  ".join(f"{task} {' / '.join(f'{v:.2f}' for v in values.values())}" for task, values in metrics.items())
         shown = f"average {averages['average']:.2f}  " if "average" in averages else ""
         self.info(f"step {step}  {split}: {shown}{summary}")

@@ -63,7 +63,7 @@ def parse_number(text: str) -> float | None:
 def punkt_splitter() -> Callable[[str], list[str]] | None:
     """NLTK's punkt for English as `text -> list of sentences` if its data are on this machine, else None.
 
-    Nothing is downloaded here; `hdscale prepare` fetches the data.
+    Nothing is downloaded here; `python -m nltk.downloader punkt_tab` fetches the data (`NLTK_DATA` names their folder).
     """
     import nltk
 

@@ -1,4 +1,5 @@
-"""Building the kernels: cached, locked, torn or failing builds, and what `hdscale doctor` and the benchmark say."""
+"""Building the kernels: cached, locked, torn or failing builds, and what `hdscale doctor` and the benchmark
+say."""
 
 import fcntl
 import json
@@ -16,9 +17,7 @@ from hdscale.ops import build
 from hdscale.ops.backend import availability
 from hdscale.ops.verify import Shape
 
-needs_compiler = pytest.mark.skipif(
-    not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}"
-)
+needs_compiler = pytest.mark.skipif(not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}")
 
 
 @pytest.fixture
@@ -130,7 +129,10 @@ def test_doctor(capsys):
     assert findings["backends"]["cpp"]["state"] == "usable" and findings["backends"]["cpp"]["seconds"] > 0
     assert findings["active"]["cpu"] == "cpp"
     if not torch.cuda.is_available():
-        assert findings["active"]["cuda"] == "none" and findings["backends"]["cuda"]["state"] in ("unusable", "built")
+        assert findings["active"]["cuda"] == "none" and findings["backends"]["cuda"]["state"] in (
+            "unusable",
+            "built",
+        )
     assert main(["doctor"]) == 0
     assert "method.backend=auto computes with: cpp on CPU" in capsys.readouterr().out
 

@@ -1,5 +1,6 @@
-"""The CUDA kernels without a GPU: their index arithmetic checked by a C++ compiler, their source run in an emulation of
-warps and barriers, and compiled by nvcc. And with a GPU, where there is one: their results, shape by shape."""
+"""The CUDA kernels without a GPU: their index arithmetic checked by a C++ compiler, their source run in an
+emulation of warps and barriers, and compiled by nvcc. And with a GPU, where there is one: their results,
+shape by shape."""
 
 import os
 import random
@@ -22,7 +23,18 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 
 def compile_program(name: str, folder: Path) -> Path:
     program = folder / name
-    command = [COMPILER, "-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-I", SOURCES, "-I", EMULATOR]
+    command = [
+        COMPILER,
+        "-std=c++17",
+        "-O2",
+        "-Wall",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-I",
+        SOURCES,
+        "-I",
+        EMULATOR,
+    ]
     subprocess.run([*command, EMULATOR / f"{name}.cpp", "-o", program], check=True)
     return program
 
@@ -92,7 +104,7 @@ def test_nvcc_compiles_for_a100_and_h100(tmp_path, monkeypatch):
     assert (build_kernels("cuda") / "hdscale_cuda.so").stat().st_size > 0
 
 
-# ---- on a GPU ---------------------------------------------------------------------------------------------------------
+# ---- on a GPU --------------------------------------------------------------------------------------------
 
 GPU_SHAPES = [
     Shape(B=0, T=4, D=64, A=8, K=16),

@@ -7,14 +7,16 @@ from hdscale.modeling import HyperdecoderConfig, build_model
 from hdscale.modeling.settings import HypernetSettings, MethodSettings, ModelSettings, SideSettings
 from hdscale.ops.backend import availability
 
-pytestmark = pytest.mark.skipif(
-    not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}"
-)
+pytestmark = pytest.mark.skipif(not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}")
 
 
 def loss_and_gradients(backend: str, checkpointing: str, encoder: str):
     method = MethodSettings(
-        "hyperdecoder", SideSettings(encoder, 8), SideSettings("generated", 8), HypernetSettings(16), backend=backend
+        "hyperdecoder",
+        SideSettings(encoder, 8),
+        SideSettings("generated", 8),
+        HypernetSettings(16),
+        backend=backend,
     )
     model_settings = ModelSettings("tiny-1", activation_checkpointing=checkpointing)
     model = build_model(HyperdecoderConfig(model_settings, method, ["a"]), seed=0).eval()

@@ -1,4 +1,5 @@
-"""The generated-adapter operator on CPU: errors against double precision, and how it behaves inside PyTorch."""
+"""The generated-adapter operator on CPU: errors against double precision, and how it behaves inside
+PyTorch."""
 
 import os
 import random
@@ -25,9 +26,7 @@ from hdscale.ops.verify import (
     relu_masks,
 )
 
-needs_compiler = pytest.mark.skipif(
-    not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}"
-)
+needs_compiler = pytest.mark.skipif(not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}")
 DTYPES = (torch.float32, torch.bfloat16)
 CORNERS = [
     Shape(B=0, T=3, D=16, A=4, K=8, N=2),
@@ -45,7 +44,7 @@ def largest(errors: dict[str, float]) -> float:
     return max(errors.values())
 
 
-# ---- results ----------------------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------
 
 
 @needs_compiler
@@ -96,8 +95,9 @@ def test_many_random_shapes():
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_worse_than_the_plain_path(dtype):
-    """Against double precision with a ReLU mask of its own, where single flipped units count: errors up to 1.2 times
-    the plain path's, over a few draws (in float32, where hardly a unit flips, both are exact for all that matters)."""
+    """Against double precision with a ReLU mask of its own, where single flipped units count: errors up to
+    1.2 times the plain path's, over a few draws (in float32, where hardly a unit flips, both are exact for
+    all that matters)."""
     totals = {"cpp": {}, "torch": {}}
     for seed in range(4):
         case = random_case(Shape(B=24, T=4, D=192, A=32, K=48, N=2), dtype, seed=seed)
@@ -139,7 +139,7 @@ def test_result_does_not_depend_on_a_repetition():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# ---- in PyTorch -------------------------------------------------------------------------------------------------------
+# ---- in PyTorch ------------------------------------------------------------------------------------------
 
 
 class Stack:
@@ -314,9 +314,18 @@ def test_opcheck():
     hidden = torch.rand(6, 4, 8)
     dy = torch.randn(6, 4, 48)
     torch.library.opcheck(ops.generated_adapter_backward.default, (dy, hidden, some[0], *plain))
-    factors = ([dy] * 3, [hidden] * 3, [hidden] * 3, [dy] * 3, code.detach(), heads.down_weight, heads.up_weight)
+    factors = (
+        [dy] * 3,
+        [hidden] * 3,
+        [hidden] * 3,
+        [dy] * 3,
+        code.detach(),
+        heads.down_weight,
+        heads.up_weight,
+    )
     torch.library.opcheck(
-        ops.generated_adapter_heads_backward.default, tuple(f.detach() if torch.is_tensor(f) else f for f in factors)
+        ops.generated_adapter_heads_backward.default,
+        tuple(f.detach() if torch.is_tensor(f) else f for f in factors),
     )
 
 
@@ -326,7 +335,7 @@ def test_wrong_shapes_are_refused():
         generated_adapter(stack.x[..., :-1], stack.code[0], stack.heads)
 
 
-# ---- choice of backend ------------------------------------------------------------------------------------------------
+# ---- choice of backend -----------------------------------------------------------------------------------
 
 
 def test_unknown_backend():
@@ -349,7 +358,8 @@ def test_types_without_kernels_fall_back():
 
 
 def test_torch_operator_without_kernels():
-    """The registered operators compute without any kernels too: here on float64, through their plain definition."""
+    """The registered operators compute without any kernels too: here on float64, through their plain
+    definition."""
     code = """
 import torch
 from hdscale.ops.verify import Shape, random_case, relative_errors

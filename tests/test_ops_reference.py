@@ -1,4 +1,5 @@
-"""The plain definition of generated adapters, against the paper's formula written out instance by instance."""
+"""The plain definition of generated adapters, against the paper's formula written out instance by
+instance."""
 
 import pytest
 import torch

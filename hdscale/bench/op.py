@@ -43,28 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         action="append",
         metavar="NAME[,batch=B][,tokens=T]",
-        help=f"{', '.join(NAMED_SHAPES)}, or d=..,a=..,k=..,layers=..; batch=32,tokens=4 by default; "
-        "may be repeated",
+        help=f"{', '.join(NAMED_SHAPES)}, or d=..,a=..,k=..,layers=..; batch=32,tokens=4 by default; may be repeated",
     )
-    parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), default=None, help="default: float32 on CPU, bfloat16 on CUDA"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument(
-        "--backend", default=None, help="implementation to measure: cpp or cuda; default: the device's own"
-    )
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default=None, help="default: float32 on CPU, bfloat16 on CUDA")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend", default=None, help="implementation to measure: cpp or cuda; default: the device's own")
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which the contenders take turns")
-    parser.add_argument(
-        "--compile", action="store_true", help="measure (b), matmul + bmm under torch.compile, too"
-    )
-    parser.add_argument(
-        "--json", metavar="FILE", nargs="?", const="-", help="write the table as JSON (default: stdout)"
-    )
-    parser.add_argument(
-        "--markdown", metavar="FILE", help="write the table, with machine and versions, as Markdown"
-    )
+    parser.add_argument("--compile", action="store_true", help="measure (b), matmul + bmm under torch.compile, too")
+    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the table as JSON (default: stdout)")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table, with machine and versions, as Markdown")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,10 +113,7 @@ def contenders(backend: str, compile: bool) -> dict[str, Forward]:
         return [generated_adapter(x_l, *layer, backend=backend) for x_l, layer in zip(x, layers, strict=True)]
 
     def plain(x, code, heads):
-        return [
-            generated_adapter_reference(x_l, code_l, heads)
-            for x_l, code_l in zip(x, code.unbind(), strict=True)
-        ]
+        return [generated_adapter_reference(x_l, code_l, heads) for x_l, code_l in zip(x, code.unbind(), strict=True)]
 
     found: dict[str, Forward] = {"operator": operator, "matmul+bmm": plain}
     if compile:
@@ -161,9 +145,7 @@ def measure(shape: Shape, dtype: torch.dtype, device: str, backend: str, rounds:
         for name, way in ways.items():
             with torch.no_grad():
                 forward[name].append(seconds(lambda way=way: way(x, code, heads), device))
-            both[name].append(
-                seconds(lambda way=way: torch.autograd.grad(way(x, code, heads), inputs, case.dy), device)
-            )
+            both[name].append(seconds(lambda way=way: torch.autograd.grad(way(x, code, heads), inputs, case.dy), device))
     return {
         "shape": shape._asdict(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -245,9 +227,7 @@ def machine(device: str) -> dict[str, str | int | float]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        name = next(
-            (ln.split(":")[1].strip() for ln in cpuinfo.read_text().splitlines() if "model name" in ln), name
-        )
+        name = next((ln.split(":")[1].strip() for ln in cpuinfo.read_text().splitlines() if "model name" in ln), name)
     return {
         "cpu": name,
         "cores": os.cpu_count() or 0,
@@ -273,9 +253,7 @@ def describe(row: dict) -> str:
             f"  kept {row['bytes_kept'][name] / 1e6:9.2f} MB"
         )
     floor = row["floor"]
-    lines.append(
-        f"  {'floor':<11} forward {floor['forward']:8.4f} s  forward+backward {floor['forward_backward']:8.4f} s"
-    )
+    lines.append(f"  {'floor':<11} forward {floor['forward']:8.4f} s  forward+backward {floor['forward_backward']:8.4f} s")
     return "\n".join(lines)
 
 
@@ -285,13 +263,14 @@ def markdown(report: dict) -> str:
     lines = [
         "# Generated adapters: operator against matmul + bmm",
         "",
-        f"`{info['command']}`, {info['date']}. CPU: {info['cpu']}, {info['cores']} cores, {info['threads']} threads. "
+        f"`{info['command']}`, {info['date']}. "
+        f"CPU: {info['cpu']}, {info['cores']} cores, {info['threads']} threads. "
         f"GPU: {info['gpu']}. Kernels: {info['kernels']}. torch {info['torch']}, Python {info['python']}. "
         f"Load average at the end: {info['load_average']:.1f}. "
         f"A large matrix product reaches {report['peak_tflops']:.3f} TFLOP/s here.",
         "",
-        "Seconds for all layers of one step, best of the rounds (median in brackets); MB kept for the backward pass, "
-        "parameters apart.",
+        "Seconds for all layers of one step, best of the rounds (median in brackets); MB kept for the backward "
+        "pass, parameters apart.",
         "",
         "| D | A | K | layers | batch | T | dtype | what | forward | forward+backward | kept | speed-up | memory |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -305,7 +284,8 @@ def markdown(report: dict) -> str:
             label = f"{name} ({row['backend']})" if name == "operator" else name
             lines.append(
                 f"{head} {label} | {row['forward_best'][name]:.4f} ({row['forward_median'][name]:.4f}) |"
-                f" {best:.4f} ({row['forward_backward_median'][name]:.4f}) | {row['bytes_kept'][name] / 1e6:.1f} |"
+                f" {best:.4f} ({row['forward_backward_median'][name]:.4f}) |"
+                f" {row['bytes_kept'][name] / 1e6:.1f} |"
                 f" {speed:.2f}x | {memory:.1f}x less |"
             )
         floor = row["floor"]

@@ -32,7 +32,8 @@ class Availability:
 
 @functools.cache
 def availability(backend: str) -> Availability:
-    """Build (at first use) and load a backend's kernels. A failure is warned of once, and kept as the reason."""
+    """Build (at first use) and load a backend's kernels. A failure is warned of once, and kept as the
+    reason."""
     if backend == "torch":
         return Availability(True, "plain PyTorch")
     if backend == "cuda" and not torch.cuda.is_available():
@@ -42,22 +43,16 @@ def availability(backend: str) -> Availability:
     try:
         kernels = load_kernels(backend)
     except BuildError as error:
-        logger.warning(
-            "generated adapters run in plain PyTorch: the %s kernels could not be built: %s", backend, error
-        )
+        logger.warning("generated adapters run in plain PyTorch: the %s kernels could not be built: %s", backend, error)
         return Availability(False, str(error))
     if backend == "cuda":
         try:
             errors = _first_use_errors()
         except RuntimeError as error:
-            logger.warning(
-                "generated adapters run in plain PyTorch: the CUDA kernels failed their check: %s", error
-            )
+            logger.warning("generated adapters run in plain PyTorch: the CUDA kernels failed their check: %s", error)
             return Availability(False, f"the kernels failed on this GPU: {error}")
         if not max(errors.values()) <= 2 * TOLERANCE[torch.bfloat16]:
-            logger.warning(
-                "generated adapters run in plain PyTorch: the CUDA kernels failed their check: %s", errors
-            )
+            logger.warning("generated adapters run in plain PyTorch: the CUDA kernels failed their check: %s", errors)
             return Availability(False, f"the kernels' results on this GPU are wrong: {errors}")
     logger.info("generated adapters: backend %s (%s)", backend, kernels.description)
     return Availability(True, kernels.description, kernels.seconds)
@@ -115,6 +110,16 @@ def resolve_backend(wanted: str, *tensors: Tensor) -> str:
         raise UserError(f"method.backend={wanted} is not to be had here ({reason}); use method.backend=auto")
     # a type that the kernels lack falls back rather than failing: float64 in a test, float32 on a GPU
     return wanted if _fits(wanted, tensors) else "torch"
+
+
+def few_tokens(length: int, d_model: int, dim: int) -> bool:
+    """Whether T tokens' activations are smaller than the weights generated for them: T (D + A) <= D A.
+
+    Beyond it, keeping generated weights costs little beside keeping what they are applied to, library matrix
+    products apply them faster (measured on CPU, hdscale/bench/results/), and the heads' gradient is a small
+    share of the work.
+    """
+    return length * (d_model + dim) <= d_model * dim
 
 
 def _fits(backend: str, tensors: tuple[Tensor, ...]) -> bool:

@@ -1,8 +1,9 @@
-"""Builds and loads the compiled kernels, so that no killed, failing or simultaneous build can hurt a later one.
+"""Builds and loads the compiled kernels, so that no killed, failing or simultaneous build can hurt a later
+one.
 
-A build happens in a temporary folder under a lock of our own (`flock`: the kernel frees it when its holder dies, unlike
-the lock file of `torch.utils.cpp_extension`), and is renamed into place when whole. The folder's name says what it was
-built from and for: sources, torch, compiler, architectures.
+A build happens in a temporary folder under a lock of our own (`flock`: the kernel frees it when its holder
+dies, unlike the lock file of `torch.utils.cpp_extension`), and is renamed into place when whole. The folder's
+name says what it was built from and for: sources, torch, compiler, architectures.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def cache_folder() -> Path:
 
 
 def cuda_architectures() -> list[str]:
-    """Compute capabilities to build for: $TORCH_CUDA_ARCH_LIST (`8.0 9.0`, `8.0;9.0+PTX`), else the visible GPU's, else 8.0 and 9.0."""
+    """Compute capabilities to build for: $TORCH_CUDA_ARCH_LIST (`8.0 9.0`, `8.0;9.0+PTX`), else the visible
+    GPU's, else 8.0 and 9.0."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not listed and torch.cuda.is_available():
         listed = "{}.{}".format(*torch.cuda.get_device_capability())
@@ -72,7 +74,8 @@ def forced_cuda() -> bool:
 
 
 def build_kernels(backend: str, force: bool = False) -> Path:
-    """Build the kernels of `cpp` or `cuda` unless they are there; returns the folder with library and build.json.
+    """Build the kernels of `cpp` or `cuda` unless they are there; returns the folder with library and
+    build.json.
 
     Raises:
         BuildError: no compiler, a compile error, or a cache folder that cannot be written.
@@ -86,9 +89,7 @@ def build_kernels(backend: str, force: bool = False) -> Path:
         with _lock(target.with_suffix(".lock")):
             if _whole(target) and not force:  # built while we waited
                 return target
-            for stale in target.parent.glob(
-                f"{target.name}.tmp*"
-            ):  # we hold the lock: whoever made it is dead
+            for stale in target.parent.glob(f"{target.name}.tmp*"):  # we hold the lock: whoever made it is dead
                 shutil.rmtree(stale, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp", dir=target.parent))
             try:
@@ -116,9 +117,7 @@ def find_built(backend: str) -> dict[str, str | float] | None:
         BuildError: no compiler.
     """
     folder = cache_folder() / f"{backend}-{_fingerprint(backend, _compiler(backend))}"
-    return (
-        json.loads((folder / "build.json").read_text()) | {"folder": str(folder)} if _whole(folder) else None
-    )
+    return json.loads((folder / "build.json").read_text()) | {"folder": str(folder)} if _whole(folder) else None
 
 
 def load_kernels(backend: str) -> LoadedKernels:
@@ -140,9 +139,7 @@ def load_kernels(backend: str) -> LoadedKernels:
         detail = name().decode()
     else:
         detail = "sm_" + ", sm_".join(arch.replace(".", "") for arch in cuda_architectures())
-    return LoadedKernels(
-        library, f"{detail}, built in {record['seconds']:.0f} s by {record['compiler']}", record["seconds"]
-    )
+    return LoadedKernels(library, f"{detail}, built in {record['seconds']:.0f} s by {record['compiler']}", record["seconds"])
 
 
 def _library_name(backend: str) -> str:
@@ -156,7 +153,8 @@ def _whole(folder: Path) -> bool:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with open(path, "a") as handle:
-        # some network file systems have no locks: there, simultaneous builds waste time, but the rename keeps them apart
+        # some network file systems have no locks: there, simultaneous builds waste time, but the rename keeps
+        # them apart
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -166,9 +164,7 @@ def _compiler(backend: str) -> str:
     """The compiler's version line. Raises BuildError if there is none."""
     command = _nvcc() if backend == "cuda" else os.environ.get("CXX", "c++")
     try:
-        lines = subprocess.run(
-            [command, "--version"], capture_output=True, text=True, check=True
-        ).stdout.splitlines()
+        lines = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"no compiler: {command} --version fails; install one or set CXX") from error
     return next((line for line in lines if "release" in line), lines[0]).strip()
@@ -217,8 +213,8 @@ def _compile_cpp(sources: list[str], folder: Path) -> None:
 
 
 def _compile_cuda(sources: list[str], folder: Path) -> None:
-    # nvcc by hand: cpp_extension links against CUDA's torch libraries, which a CPU build of torch (login node) lacks,
-    # and the stable ABI needs none of them
+    # nvcc by hand: cpp_extension links against CUDA's torch libraries, which a CPU build of torch (login
+    # node) lacks, and the stable ABI needs none of them
     from torch.utils.cpp_extension import include_paths
 
     command = [

@@ -1,4 +1,5 @@
-"""`hdscale doctor`: which backend computes generated adapters here, which could, why not, and how long builds took."""
+"""`hdscale doctor`: which backend computes generated adapters here, which could, why not, and how long builds
+took."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine(backend: str, build: bool, rebuild: bool = False) -> dict:
-    """State of a backend: `usable`, `buildable` (at first use, or now with --build), `built` (for other machines than
-    this one), or `unusable` with the error."""
+    """State of a backend: `usable`, `buildable` (at first use, or now with --build), `built` (for other
+    machines than this one), or `unusable` with the error."""
     try:
         if build:
             build_kernels(backend, force=rebuild)
@@ -66,9 +67,11 @@ def examine(backend: str, build: bool, rebuild: bool = False) -> dict:
         return {"state": "unusable", "detail": str(error), "error": str(error)}
     if backend == "cuda" and not torch.cuda.is_available():
         if built is None:
-            detail = "no CUDA device is visible; on a login node build with HDSCALE_FORCE_CUDA=1 hdscale doctor --build"
+            how = "on a login node build with HDSCALE_FORCE_CUDA=1 hdscale doctor --build"
+            detail = f"no CUDA device is visible; {how}"
             return {"state": "unusable", "detail": detail}
-        detail = f"built for {' '.join(cuda_architectures())}, for machines with a GPU; no CUDA device is visible here"
+        where = "for machines with a GPU; no CUDA device is visible here"
+        detail = f"built for {' '.join(cuda_architectures())}, {where}"
         return {"state": "built", "detail": detail} | built
     if built is None:
         return {
@@ -84,7 +87,8 @@ def examine(backend: str, build: bool, rebuild: bool = False) -> dict:
 def describe(findings: dict) -> str:
     """The findings in lines to read."""
     lines = [
-        f"python {findings['python']}, torch {findings['torch']}, GPUs: {', '.join(findings['gpus']) or 'none'}",
+        f"python {findings['python']}, torch {findings['torch']}",
+        f"GPUs: {', '.join(findings['gpus']) or 'none'}",
         f"compiled kernels are kept in {findings['cache']} (HDSCALE_CACHE)",
     ]
     for backend, finding in findings["backends"].items():

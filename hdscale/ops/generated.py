@@ -1,4 +1,5 @@
-"""The operator as the model calls it: choice of backend, autocast, and heads shared by all layers of a forward pass.
+"""The operator as the model calls it: choice of backend, autocast, and heads shared by all layers of a
+forward pass.
 
 Shape legend: N layers, B instances, T tokens, D model size, A adapter size, K hypernetwork bottleneck.
 """
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdscale.ops import operator  # noqa: F401  (defines torch.ops.hdscale)
-from hdscale.ops.backend import resolve_backend
+from hdscale.ops.backend import few_tokens, resolve_backend
 from hdscale.ops.reference import AdapterHeads, generated_adapter_reference
 
 
@@ -25,9 +26,7 @@ class SharedHeads(NamedTuple):
     tokens: list[Tensor]  # carry this layer's part of the heads' gradient; see hdscale/ops/operator.py
 
 
-def generated_adapter(
-    x: Tensor, code: Tensor, heads: AdapterHeads | SharedHeads, backend: str = "auto"
-) -> Tensor:
+def generated_adapter(x: Tensor, code: Tensor, heads: AdapterHeads | SharedHeads, backend: str = "auto") -> Tensor:
     """Generate one layer's adapters for B instances and apply them (Eq. 3-7).
 
     Args:
@@ -35,12 +34,12 @@ def generated_adapter(
         code: the hypernetwork's hidden vector for this layer [B, K].
         heads: the hypernetwork's output heads, or one of the pairs that `share_heads` returned:
             `generated_adapter(x, *layers[l])`.
-        backend: `auto` (the compiled operator where it is built and takes these tensors, else PyTorch), `cpp`,
-            `cuda` or `torch`.
+        backend: `auto` (the compiled operator where it can be had, takes these tensors and gains something,
+            else PyTorch; it gains for few tokens, see `few_tokens`), `cpp`, `cuda` or `torch`.
 
     Returns:
-        y [B, T, D], without the residual. The compiled operator keeps x, code and [B, T, A] for the backward pass and
-        generates the adapters again; PyTorch keeps the generated adapters.
+        y [B, T, D], without the residual. The compiled operator keeps x, code and [B, T, A] for the backward
+        pass and generates the adapters again; PyTorch keeps the generated adapters.
 
     Raises:
         UserError: the named backend is not to be had here.
@@ -52,7 +51,8 @@ def generated_adapter(
             x, code, *heads.heads[:4], heads.hidden_bias, heads.out_bias, heads.tokens
         )[0]
     x, code, heads = _autocast(x, code, heads)
-    if resolve_backend(backend, x, code, *heads) == "torch":
+    few = few_tokens(x.shape[1], x.shape[2], heads.down_bias_bias.shape[0])
+    if (backend == "auto" and not few) or resolve_backend(backend, x, code, *heads) == "torch":
         return generated_adapter_reference(x, code, heads)
     hidden_bias = F.linear(code, heads.down_bias_weight, heads.down_bias_bias)
     out_bias = F.linear(code, heads.up_bias_weight, heads.up_bias_bias)
@@ -62,13 +62,15 @@ def generated_adapter(
 def share_heads(
     code: Tensor, heads: AdapterHeads, length: int, backend: str = "auto"
 ) -> list[tuple[Tensor, AdapterHeads | SharedHeads]]:
-    """Prepare the heads for all layers of one forward pass, so that their gradient is formed once, for all layers.
+    """Prepare the heads for all layers of one forward pass, so that their gradient is formed once, for all
+    layers.
 
-    Without it, N layers write N gradients of both heads and autograd adds them, one after the other. With it, the
-    heads' gradient is one pass over all layers' factors: it is written once, summed in float32, and each head's
-    gradient hook fires once. The result is a plain value: call it at each forward pass, outside any checkpointed
-    region, and use each layer's pair in one call of `generated_adapter` (a second use of the same pair raises in the
-    backward pass; a recomputation by non-reentrant activation checkpointing does not count as one).
+    Without it, N layers write N gradients of both heads and autograd adds them, one after the other. With it,
+    the heads' gradient is one pass over all layers' factors: it is written once, summed in float32, and each
+    head's gradient hook fires once. The result is a plain value: call it at each forward pass, outside any
+    checkpointed region, and use each layer's pair in one call of `generated_adapter` (a second use of the
+    same pair raises in the backward pass; a recomputation by non-reentrant activation checkpointing does not
+    count as one).
 
     Args:
         code: the codes of all layers [N, B, K].
@@ -77,14 +79,14 @@ def share_heads(
         backend: as for `generated_adapter`.
 
     Returns:
-        N pairs `(code_l, heads_l)` for `generated_adapter(x, *pair)`. Where sharing gains nothing (no gradient wanted,
-        the PyTorch backend, or so many tokens that the factors outgrow the generated weights) these are simply the
-        layer's code and the heads.
+        N pairs `(code_l, heads_l)` for `generated_adapter(x, *pair)`. Where sharing gains nothing (no
+        gradient wanted, the PyTorch backend, or so many tokens that the factors outgrow the generated
+        weights) these are simply the layer's code and the heads.
     """
     _, code, heads = _autocast(None, code, heads)
     size_n, size_a, size_d = code.shape[0], heads.down_bias_bias.shape[0], heads.up_bias_bias.shape[0]
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (code, *heads))
-    factors_are_small = length * (size_d + size_a) <= size_d * size_a
+    factors_are_small = few_tokens(length, size_d, size_a)
     if not wanted or not factors_are_small or resolve_backend(backend, code, *heads) == "torch":
         return [(layer_code, heads) for layer_code in code.unbind()]
 
@@ -98,18 +100,15 @@ def share_heads(
     return [
         (
             layer_code,
-            SharedHeads(
-                fixed, hidden_bias[layer], out_bias[layer], tokens[layer * step : (layer + 1) * step]
-            ),
+            SharedHeads(fixed, hidden_bias[layer], out_bias[layer], tokens[layer * step : (layer + 1) * step]),
         )
         for layer, layer_code in enumerate(code.detach().unbind())
     ]
 
 
-def _autocast(
-    x: Tensor | None, code: Tensor, heads: AdapterHeads
-) -> tuple[Tensor | None, Tensor, AdapterHeads]:
-    """Under autocast, everything in its dtype: like a matrix product, and once for all layers in `share_heads`."""
+def _autocast(x: Tensor | None, code: Tensor, heads: AdapterHeads) -> tuple[Tensor | None, Tensor, AdapterHeads]:
+    """Under autocast, everything in its dtype: like a matrix product, and once for all layers in
+    `share_heads`."""
     device = code.device.type
     if not torch.is_autocast_enabled(device):
         return x, code, heads

@@ -1,18 +1,20 @@
 """`torch.ops.hdscale.*`: schemas, shapes for tracing, gradients and autocast of the compiled operator.
 
-Nothing that grows with D*A per instance is kept for the backward pass: it keeps the inputs and the adapter's hidden
-activations [B, T, A], and generates the adapters again.
+Nothing that grows with D*A per instance is kept for the backward pass: it keeps the inputs and the adapter's
+hidden activations [B, T, A], and generates the adapters again.
 
-The heads' gradient is the expensive half of the backward pass, because each of N layers adds to the same two large
-matrices. Two forms are offered:
+The heads' gradient is the expensive half of the backward pass, because each of N layers adds to the same two
+large matrices. Two forms are offered:
 
-* `generated_adapter`: stands alone; each call's backward pass forms the heads' whole gradient, and autograd adds them.
-* `generated_adapter_tokens` + `generated_adapter_shared`: one pass over the heads for all layers. The first turns codes
-  and heads into *tokens*, tensors without memory that stand for what one layer's backward pass knows about that
-  gradient: x, dz, hidden and dy. The second takes a layer's tokens as inputs, and its backward pass returns these
-  factors as *the tokens' gradients*. Autograd thus carries the factors of every layer to one node, which forms the
-  gradient of heads and codes at once. There is no state beside the graph: activation checkpointing, `retain_graph`,
-  `torch.compile` and gradient hooks (each parameter's fires once, with the whole sum) see an ordinary function.
+* `generated_adapter`: stands alone; each call's backward pass forms the heads' whole gradient, and autograd
+  adds them.
+* `generated_adapter_tokens` + `generated_adapter_shared`: one pass over the heads for all layers. The first
+  turns codes and heads into *tokens*, tensors without memory that stand for what one layer's backward pass
+  knows about that gradient: x, dz, hidden and dy. The second takes a layer's tokens as inputs, and its
+  backward pass returns these factors as *the tokens' gradients*. Autograd thus carries the factors of every
+  layer to one node, which forms the gradient of heads and codes at once. There is no state beside the
+  graph: activation checkpointing, `retain_graph`, `torch.compile` and gradient hooks (each parameter's
+  fires once, with the whole sum) see an ordinary function.
 
 Every operator here has a plain-PyTorch implementation, used on devices for which no kernels are loaded.
 """
@@ -21,7 +23,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
 
 _WEIGHTS = "Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias"
 _LAYER = f"Tensor x, Tensor code, {_WEIGHTS}, Tensor hidden_bias, Tensor out_bias"
@@ -32,8 +33,7 @@ for _schema in (
     f"generated_adapter_backward(Tensor dy, Tensor hidden, Tensor code, {_WEIGHTS}) -> (Tensor dx, Tensor dz)",
     "generated_adapter_heads_backward(Tensor[] x, Tensor[] dz, Tensor[] hidden, Tensor[] dy, Tensor code,"
     " Tensor down_weight, Tensor up_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    f"generated_adapter_tokens(Tensor code, {_WEIGHTS}, int length, int adapter_size,"
-    " bool count_uses) -> Tensor[]",
+    f"generated_adapter_tokens(Tensor code, {_WEIGHTS}, int length, int adapter_size, bool count_uses) -> Tensor[]",
     f"generated_adapter_shared({_LAYER}, Tensor[] tokens) -> (Tensor y, Tensor hidden)",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -43,7 +43,7 @@ FACTORS = 4
 """Tokens of a layer: x, dz, hidden, dy (and, where uses are counted, one more)."""
 
 
-# ---- plain implementations ------------------------------------------------------------------------------------------
+# ---- plain implementations -------------------------------------------------------------------------------
 
 
 def _generate(code: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:
@@ -74,11 +74,7 @@ def _heads_backward(x, dz, hidden, dy, code, down_weight, up_weight):
         d_up = torch.bmm(hidden[layer].transpose(1, 2), dy[layer]).flatten(1)
         dcodes.append(d_down @ down_weight + d_up @ up_weight)
         parts = (d_down.t() @ code[layer], d_down.sum(0), d_up.t() @ code[layer], d_up.sum(0))
-        sums = (
-            [part.to(wide) for part in parts]
-            if not sums
-            else [s.add_(p) for s, p in zip(sums, parts, strict=True)]
-        )
+        sums = [part.to(wide) for part in parts] if not sums else [s.add_(p) for s, p in zip(sums, parts, strict=True)]
     return (torch.stack(dcodes), *(total.to(code.dtype) for total in sums))
 
 
@@ -108,7 +104,7 @@ for _name, _function in (
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 
-# ---- shapes for tracing ---------------------------------------------------------------------------------------------
+# ---- shapes for tracing ----------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("hdscale::generated_adapter", lib=_LIBRARY)
@@ -143,7 +139,7 @@ def _(x, dz, hidden, dy, code, down_weight, up_weight):
 torch.library.register_fake("hdscale::generated_adapter_tokens", _tokens, lib=_LIBRARY)
 
 
-# ---- gradients ------------------------------------------------------------------------------------------------------
+# ---- gradients -------------------------------------------------------------------------------------------
 
 
 def _keep_layer(ctx, inputs, output) -> None:
@@ -158,9 +154,7 @@ def _layer_backward(ctx, dy, _):
     dx, dz = _OPS.generated_adapter_backward(dy, hidden, code, down_weight, down_bias, up_weight, up_bias)
     heads = (None,) * 5
     if any(ctx.needs_input_grad[1:6]):
-        dcode, *rest = _OPS.generated_adapter_heads_backward(
-            [x], [dz], [hidden], [dy], code.unsqueeze(0), down_weight, up_weight
-        )
+        dcode, *rest = _OPS.generated_adapter_heads_backward([x], [dz], [hidden], [dy], code.unsqueeze(0), down_weight, up_weight)
         heads = (dcode.squeeze(0), *rest)
     return dx, *heads, dz.sum(1), dy.sum(1)
 
@@ -181,8 +175,8 @@ def _tokens_backward(ctx, factors):
     lists = [[factors[layer * per_layer + which] for layer in used] for which in range(per_layer)]
     if ctx.count_uses and any(float(uses) != 1 for uses in lists[FACTORS]):
         raise RuntimeError(
-            "hdscale: a layer's shared heads were used in more than one call of generated_adapter; their gradients "
-            "cannot be told apart, so call share_heads once for each use"
+            "hdscale: a layer's shared heads were used in more than one call of generated_adapter; their "
+            "gradients cannot be told apart, so call share_heads once for each use"
         )
     some = code if len(used) == code.shape[0] else code[used]
     dcode, *heads = _OPS.generated_adapter_heads_backward(*lists[:FACTORS], some, down_weight, up_weight)

@@ -1,8 +1,11 @@
-"""The plain-PyTorch definition of generated adapters: what every kernel is compared with, and what runs where no compiler is.
+"""The plain-PyTorch definition of generated adapters: what every kernel is compared with, and what runs where
+no compiler is.
 
-Shape legend: B instances, R rows (instances times beams), T tokens, D model size, A adapter size, K hypernetwork bottleneck.
+Shape legend: B instances, R rows (instances times beams), T tokens, D model size, A adapter size, K
+hypernetwork bottleneck.
 
-The hypernetwork's four heads turn the code `h` of an instance and a layer into that instance's adapter (paper, Eq. 3-7):
+The hypernetwork's four heads turn the code `h` of an instance and a layer into that instance's adapter
+(paper, Eq. 3-7):
 
     down = W_down h + c_down  as [D, A]        up   = W_up h + c_up  as [A, D]
     b_d  = V_down h + v_down  [A]              b_u  = V_up h + v_up  [D]
@@ -88,7 +91,7 @@ def apply_adapter(x: Tensor, weights: AdapterWeights, rows: Tensor | None = None
 def generated_adapter_reference(x: Tensor, code: Tensor, heads: AdapterHeads) -> Tensor:
     """Generate one layer's adapters for B instances and apply them: x [B, T, D], code [B, K] -> y [B, T, D].
 
-    Autograd keeps every generated weight until the backward pass (2*B*D*A numbers a layer); the compiled operator
-    exists so that it need not.
+    Autograd keeps every generated weight until the backward pass (2*B*D*A numbers a layer); the compiled
+    operator exists so that it need not.
     """
     return apply_adapter(x, generate_adapter_weights(code, heads))

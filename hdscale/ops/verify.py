@@ -1,8 +1,9 @@
-"""Compare the operator with double precision: used by the tests, by the benchmark before it times anything, and by the
-first use of the CUDA kernels on a machine.
+"""Compare the operator with double precision: used by the tests, by the benchmark before it times anything,
+and by the first use of the CUDA kernels on a machine.
 
-The error of a tensor is ||out - ref|| / ||ref||. The reference takes the operator's own ReLU mask: one unit among
-thousands that rounds to the other side of zero moves a gradient by more than all other rounding together.
+The error of a tensor is ||out - ref|| / ||ref||. The reference takes the operator's own ReLU mask: one unit
+among thousands that rounds to the other side of zero moves a gradient by more than all other rounding
+together.
 """
 
 from __future__ import annotations
@@ -121,7 +122,10 @@ def relative_errors(case: Case, backend: str, shared: bool = True) -> dict[str, 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
     """||out - expected|| / ||expected|| in double precision."""
-    difference, norm = float((out.detach().double() - expected.detach()).norm()), float(expected.detach().norm())
+    difference, norm = (
+        float((out.detach().double() - expected.detach()).norm()),
+        float(expected.detach().norm()),
+    )
     return difference / norm if norm else difference
 
 

@@ -19,6 +19,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "launch": ("hdscale.cluster.launch", "submit a run or a sweep to SLURM; status, logs, cancel"),
     "plan": ("hdscale.study.plan", "memory, time and communication of a run, before it costs anything"),
     "study": ("hdscale.study.cli", "run a scaling study, resume it, report it"),
+    "analyze": ("hdscale.analysis.cli", "embeddings as pictures, comparisons over seeds, the paper's tables"),
+    "classify": ("hdscale.analysis.classifier", "classifiers on a trained run's frozen encoder (Table 7)"),
     "doctor": ("hdscale.ops.doctor", "say which backends work here and build the C++/CUDA operator"),
     "bench": ("hdscale.bench.cli", "measure speed and memory"),
 }

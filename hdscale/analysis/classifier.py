@@ -1,0 +1,202 @@
+"""`hdscale classify --run R`: classifiers on a trained run's encoder, without the decoder (Table 7, Appendix C).
+
+The encoder with its trained adapters stays frozen and runs once over the data, without dropout: an instance's masked
+mean is all that the classifiers see of it. Trained anew are an MLP of Eq. 8's shape, shared by the tasks, and a linear
+layer a task. Tasks without labels (STS-B) are left out, and the validation sets are evaluated, as in Table 7.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hdscale.data.sources import check_splits, load_examples
+from hdscale.data.tasks import Task, expand_tasks
+from hdscale.data.tokenize import tokenized_split
+from hdscale.engine.optimizer import learning_rate_factor
+from hdscale.errors import UserError
+from hdscale.evaluation.averages import averages
+from hdscale.evaluation.decode import global_batches, model_device, pad
+from hdscale.evaluation.loading import Choice, Loaded
+from hdscale.evaluation.metrics import compute
+from hdscale.modeling.conditioning import masked_mean
+
+RESULTS = "classifier.json"
+LEARNING_RATE, EPOCHS, WARMUP_STEPS, BATCH_SIZE = 2e-5, 3, 500, 128
+"""Appendix C; the batch size is that of GLUE training (3.2), C states none."""
+
+
+class EncoderClassifier(nn.Module):
+    """The MLP of Eq. 8's shape, then a linear layer for each task.
+
+    Args:
+        d_model: D. labels: {task: number of labels}.
+    """
+
+    def __init__(self, d_model: int, labels: dict[str, int]) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(d_model, d_model), nn.ReLU(), nn.Linear(d_model, d_model))
+        self.heads = nn.ModuleDict({task: nn.Linear(d_model, count) for task, count in labels.items()})
+
+    def forward(self, means: Tensor, task: str) -> Tensor:
+        """means [M, D] -> logits [M, labels of the task]."""
+        return self.heads[task](self.mlp(means))
+
+
+@dataclass
+class Pooled:
+    """A task's split as the classifiers see it: means [M, D], numbers of the labels [M], and the examples."""
+
+    task: Task
+    means: Tensor
+    labels: Tensor
+    examples: list[Any]
+
+
+def pool_split(loaded: Loaded, task: Task, split: str, config: Any, limit: int | None, batch_size: int) -> Pooled:
+    """Run the frozen encoder over a split and keep each row's masked mean over the source tokens."""
+    rows = tokenized_split(task, split, loaded.tokenizer, config.data)
+    count = min(limit or len(rows), len(rows))
+    examples = list(load_examples(task, split, config.data))[:count]
+    device = model_device(loaded.model)
+    task_id = loaded.task_ids.get(task.name, -1)
+    means = torch.empty(count, loaded.model.base.config.d_model)
+    for numbers in global_batches([len(rows.row(number).input_ids) for number in range(count)], batch_size):
+        sources = [rows.row(number).input_ids for number in numbers]
+        input_ids, mask = pad(sources, loaded.tokenizer.pad_token_id, device)
+        task_ids = torch.full((len(numbers),), task_id, dtype=torch.long, device=device)
+        with torch.no_grad():
+            hidden = loaded.model.encode(input_ids, mask, task_ids).hidden
+            means[numbers] = masked_mean(hidden, mask).float().cpu()
+    labels = torch.tensor([task.labels.index(example.target) for example in examples])
+    return Pooled(task, means, labels, examples)
+
+
+def train_classifiers(
+    sets: Sequence[Pooled],
+    epochs: int = EPOCHS,
+    learning_rate: float = LEARNING_RATE,
+    warmup_steps: int = WARMUP_STEPS,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+) -> EncoderClassifier:
+    """Train MLP and linear layers on all tasks' rows, shuffled anew in each epoch, so mixed in proportion to size."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = EncoderClassifier(sets[0].means.shape[1], {one.task.name: len(one.task.labels) for one in sets})
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    owner = torch.cat([torch.full((len(one.labels),), number) for number, one in enumerate(sets)])
+    place = torch.cat([torch.arange(len(one.labels)) for one in sets])
+    steps, step = epochs * -(-len(owner) // batch_size), 0
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(owner), generator=generator).split(batch_size):
+            losses = []
+            for number in owner[chosen].unique().tolist():
+                one, mine = sets[number], place[chosen[owner[chosen] == number]]
+                logits = model(one.means[mine], one.task.name)
+                losses.append(functional.cross_entropy(logits, one.labels[mine], reduction="sum"))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * learning_rate_factor(step, warmup_steps, steps)
+            optimizer.zero_grad()
+            (torch.stack(losses).sum() / len(chosen)).backward()
+            optimizer.step()
+            step += 1
+    return model.eval()
+
+
+@torch.no_grad()
+def evaluate_classifiers(model: EncoderClassifier, sets: Sequence[Pooled]) -> dict[str, dict[str, float]]:
+    """{task: {metric: score x100}} by each task's own metrics."""
+    found = {}
+    for one in sets:
+        predicted = model(one.means, one.task.name).argmax(dim=-1).tolist()
+        found[one.task.name] = compute(one.task, [one.task.labels[number] for number in predicted], one.examples)
+    return found
+
+
+def encoder_decoder_scores(folder: Path, tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
+    """The whole model's scores on the validation sets, as its run wrote them (some tasks may be missing)."""
+    path = folder / "results.json"
+    written = json.loads(path.read_text()).get("validation", {}) if path.is_file() else {}
+    return {task.name: written[task.name] for task in tasks if task.name in written}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # `args.run` is the function of the verb
+    parser.add_argument("--run", dest="run_folder", metavar="DIR", required=True, help="folder of a finished run")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"default: {EPOCHS}")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help=f"default: {LEARNING_RATE:g}")
+    parser.add_argument("--warmup-steps", type=int, default=WARMUP_STEPS, help=f"default: {WARMUP_STEPS}")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"default: {BATCH_SIZE}")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most so many rows of each split (for trial runs)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="of the encoder; default: a GPU where there is one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's (data.root=...)")
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in ("epochs", "batch_size", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    choice = Choice(run=args.run_folder, device=args.device)
+    choice.check()
+    config = choice.config(args.overrides)
+    tasks = [task for task in expand_tasks(config.data.tasks, config.data) if task.kind == "label" and task.trains]
+    if not tasks:
+        raise UserError("none of the run's tasks has labels to classify")
+    check_splits(tasks, config.data, ("train", "validation"))
+
+    loaded = choice.load(config)
+    pooled = {
+        split: [pool_split(loaded, task, split, config, args.limit, args.batch_size) for task in tasks]
+        for split in ("train", "validation")
+    }
+    model = train_classifiers(
+        pooled["train"], args.epochs, args.learning_rate, args.warmup_steps, args.batch_size, args.seed
+    )
+    only = evaluate_classifiers(model, pooled["validation"])
+    whole = encoder_decoder_scores(Path(args.run_folder), tasks)
+    results = {
+        "tasks": only,
+        "encoder_only": averages(tasks, only)["average"],
+        "encoder_decoder": averages(tasks, whole)["average"] if len(whole) == len(tasks) else None,
+        "limit": args.limit,
+    }
+    path = Path(args.run_folder) / RESULTS
+    path.write_text(json.dumps(results, indent=2))
+    print_scores(tasks, only, whole, results)
+    print(path)
+    return 0
+
+
+def print_scores(
+    tasks: Sequence[Task],
+    only: dict[str, dict[str, float]],
+    whole: dict[str, dict[str, float]],
+    results: dict[str, Any],
+) -> None:
+    """Both models' validation scores, task by task."""
+    table = Table(title="validation scores")
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("encoder-decoder", justify="right")
+    table.add_column("encoder-only", justify="right")
+    for task in tasks:
+        for metric, score in only[task.name].items():
+            beside = whole.get(task.name, {}).get(metric)
+            table.add_row(task.name, metric, "" if beside is None else f"{beside:.1f}", f"{score:.1f}")
+    table.add_section()
+    beside = results["encoder_decoder"]
+    table.add_row("average", "", "" if beside is None else f"{beside:.2f}", f"{results['encoder_only']:.2f}")
+    Console().print(table)

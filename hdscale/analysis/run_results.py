@@ -1,0 +1,110 @@
+"""The results of finished runs, as the analyses read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hdscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `results.json` says of a run.
+
+    Attributes:
+        folder: of the run. name: its name. seed: its seed.
+        tasks: {task: {metric: score x100}} of the test splits. averages: {"average": ..., and others that apply}.
+        percent: share of trainable parameters. config: the resolved configuration.
+    """
+
+    folder: Path
+    name: str
+    seed: int
+    tasks: Mapping[str, Mapping[str, float]]
+    averages: Mapping[str, float]
+    percent: float
+    config: Mapping[str, Any]
+
+
+AVERAGES = (
+    "average", "summarisation", "nli", "overall", "in_domain_f1", "in_domain_em", "out_of_domain_f1", "out_of_domain_em"
+)  # fmt: skip
+
+
+def read_run(folder: str | Path) -> RunResult:
+    """The result of one run.
+
+    Raises:
+        UserError: for a folder without a whole `results.json`.
+    """
+    folder = Path(folder)
+    path = folder / "results.json" if folder.is_dir() else folder
+    if not path.is_file():
+        raise UserError(f"{folder}: no results.json; give the folder of a finished run (runs/NAME)")
+    try:
+        tree = json.loads(path.read_text())
+        return RunResult(
+            path.parent,
+            tree["name"],
+            int(tree["config"]["run"]["seed"]),
+            tree["tasks"],
+            {key: tree[key] for key in AVERAGES if key in tree} | classifier_averages(path.parent),
+            float(tree["trainable_percent"]),
+            tree["config"],
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not the results of a run ({error!r})") from error
+
+
+def classifier_averages(folder: Path) -> dict[str, float]:
+    """What `hdscale classify` found for the run (Table 7), if it was asked."""
+    path = folder / "classifier.json"
+    written = json.loads(path.read_text()) if path.is_file() else {}
+    return {key: written[key] for key in ("encoder_decoder", "encoder_only") if written.get(key) is not None}
+
+
+def find_runs(folders: Iterable[str | Path]) -> list[RunResult]:
+    """The finished runs in and below some folders, by path.
+
+    Raises:
+        UserError: where there are none.
+    """
+    paths: list[Path] = []
+    for folder in map(Path, folders):
+        if not folder.exists():
+            raise UserError(f"{folder}: no such folder of runs")
+        paths += sorted(folder.rglob("results.json"))
+    if not paths:
+        raise UserError(f"no results.json below {', '.join(map(str, folders))}; train the runs first")
+    return [read_run(path) for path in dict.fromkeys(paths)]
+
+
+def task_average(run: RunResult, without: Iterable[str] = ()) -> float:
+    """Mean over tasks, a task with several metrics counting their mean, without some tasks.
+
+    Summaries count by ROUGE-2 and answers by F1, as in the tables' own averages.
+
+    Raises:
+        UserError: for a task that the run does not have, or if none is left.
+    """
+    without = set(without)
+    if unknown := without - set(run.tasks):
+        raise UserError(f"{run.folder}: no task '{sorted(unknown)[0]}' among {', '.join(run.tasks)}")
+    scores = []
+    for task, metrics in run.tasks.items():
+        if task in without:
+            continue
+        if "rouge2" in metrics:
+            scores.append(metrics["rouge2"])
+        elif "em" in metrics:
+            scores.append(metrics["f1"])
+        else:
+            scores.append(fmean(metrics.values()))
+    if not scores:
+        raise UserError(f"{run.folder}: no task is left to average")
+    return fmean(scores)

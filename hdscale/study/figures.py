@@ -1,4 +1,4 @@
-"""The report's pictures: matplotlib, a palette that colour-blind readers tell apart, a marker besides each colour."""
+"""The report's pictures: a palette that colour-blind readers tell apart, and a marker besides each colour."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from hdscale.study.fits import Fit, FitRefused, fit_power_law
 from hdscale.study.rows import Row, pareto
@@ -69,6 +69,7 @@ def scaling(rows: Sequence[Row], x: Quantity, y: Quantity, group: Callable[[Row]
         return None
     figure, axes = new_figure()
     notes = []
+    drawn_at = [b for _, _, b in points]
     labels = list(dict.fromkeys(group(row) for row, _, _ in points))
     for index, label in enumerate(labels):
         own = [(a, b) for row, a, b in points if group(row) == label]
@@ -83,9 +84,11 @@ def scaling(rows: Sequence[Row], x: Quantity, y: Quantity, group: Callable[[Row]
             axes.plot([a for a, _ in means], [b for _, b in means], color=colour, linewidth=1, alpha=0.6)
             continue
         draw_fit(axes, fit, colour)
+        drawn_at += fit.predict(np.geomspace(fit.x_range[0], EXTRAPOLATE * fit.x_range[1], 9)).tolist()
         notes.append(f"{label}: {describe(fit, y.symbol, x.symbol)}")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    fit_limits(axes, drawn_at)
     plain_log_ticks(axes)
     axes.set_xlabel(x.label)
     axes.set_ylabel(y.label)
@@ -107,9 +110,6 @@ def draw_fit(axes: Axes, fit: Fit, colour: str) -> None:
         axes.plot(xs, fit.predict(xs), dash, color=colour, linewidth=1.4)
         bottom, top = fit.band(xs)
         axes.fill_between(xs, bottom, top, color=colour, alpha=alpha, linewidth=0)
-    # a wide band must not squeeze the points together
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(bottom, top)
 
 
 def describe(fit: Fit, y: str, x: str) -> str:
@@ -254,23 +254,26 @@ def offset_of(index: int, count: int) -> float:
 
 
 def plain_log_ticks(axes: Axes, x: bool = True, y: bool = True) -> None:
-    """Numbers such as 300k or 2.5, also where the axis spans less than a decade."""
+    """Numbers such as 300k or 2.5 on logarithmic axes, with ticks also where an axis spans less than a decade."""
     for axis, wanted in ((axes.xaxis, x), (axes.yaxis, y)):
         if not wanted:
             continue
-        low, high = axis.get_view_interval()
-        narrow = low <= 0 or math.log10(high / low) < 1.0
+        low, high = sorted(axis.get_view_interval())
+        decades = math.log10(high / low) if low > 0 else 9.0
+        if decades < 0.5:
+            axis.set_major_locator(FixedLocator([t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]))
+        elif decades < 2.2:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades > 1 else (1, 1.5, 2, 3, 5, 7)))
+        axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        minor = {1, 2, 3, 5, 7} if narrow else set()
-        axis.set_minor_formatter(FuncFormatter(lambda value, _, kept=minor: short(value) if leading(value) in kept else ""))
-        if not narrow:
-            axis.set_minor_formatter(NullFormatter())
         axis.set_tick_params(which="both", labelsize=8)
 
 
-def leading(value: float) -> int:
-    """First digit of a tick."""
-    return round(value / 10 ** math.floor(math.log10(value))) if value > 0 else 0
+def fit_limits(axes: Axes, values: Sequence[float]) -> None:
+    """The y axis around the points and curves: a wide band is cut off and must not squeeze them together."""
+    low, high = min(values), max(values)
+    margin = max((high / low) ** 0.12, 1.02)
+    axes.set_ylim(low / margin, high * margin)
 
 
 def short(value: float) -> str:

@@ -1,0 +1,165 @@
+"""`hdscale bench memory`: the plan's memory against measured peaks of real training steps under DeepSpeed.
+
+On a CPU five tiny shapes, counted by the allocator's own news (`hdscale.bench.allocations`); on a GPU base and large, by the
+caching allocator. What a GPU needs besides tensors (context, libraries) is in neither number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hdscale.bench.allocations import mark, track_cpu
+from hdscale.cluster.environment import read_environment
+from hdscale.config import Config, load_config, model_config
+from hdscale.engine.deepspeed_engine import build_engine
+from hdscale.engine.distributed import Ranks
+from hdscale.modeling.model import build_model
+from hdscale.study.memory import Memory, Sharding, step_memory
+from hdscale.study.plan import architecture, counted, work_of
+
+STEPS = 3
+"""The last one is measured: the first creates AdamW's moments."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape: B rows of S source and T target tokens, all full, and the settings of the run."""
+
+    name: str
+    rows: int
+    source: int
+    target: int
+    settings: tuple[str, ...]
+
+
+SMALL = ("method.encoder.dim=16", "method.decoder.dim=16", "method.hypernet.bottleneck=16")
+CPU_CASES = (
+    Case("labels, fp32", 48, 48, 4, ("model.name=tiny-2", "train.dtype=fp32", *SMALL)),
+    Case("bf16, no dropout", 48, 48, 8, ("model.name=tiny-4", "train.dtype=bf16", "model.dropout=0.0", *SMALL)),
+    Case("long source, learned adapters", 8, 160, 8, ("model.name=tiny-4", "train.dtype=bf16", "method.name=adapter")),
+    Case("recomputed, large hypernetwork", 16, 64, 16, ("model.name=tiny-4", "train.dtype=fp32", "model.activation_checkpointing=all")),
+    Case("generated adapters kept", 64, 16, 12, ("model.name=tiny-2", "train.dtype=bf16", "method.backend=torch", "method.hypernet.bottleneck=32")),
+)  # fmt: skip
+GPU_CASES = (
+    Case("GLUE, base", 64, 128, 16, ("model.name=t5-v1_1-base",)),
+    Case("GLUE, large", 64, 128, 16, ("model.name=t5-v1_1-large",)),
+    Case("MRQA, base", 16, 512, 64, ("model.name=t5-v1_1-base", "method.encoder.dim=512", "method.decoder.dim=36", "method.hypernet.bottleneck=72")),
+    Case("long, large, recomputed", 32, 512, 128, ("model.name=t5-v1_1-large", "model.activation_checkpointing=all")),
+)  # fmt: skip
+
+
+def config_of(case: Case) -> Config:
+    """The run's configuration of a case."""
+    return load_config(
+        None,
+        [
+            "data.tasks=[quickstart]", f"data.max_source_length={case.source}", f"data.max_target_length={case.target}",
+            f"train.global_batch_size={case.rows}", *case.settings,
+        ],
+    )  # fmt: skip
+
+
+def predicted(case: Case, device: str) -> Memory:
+    """The plan's memory of a case on one rank, without workspace."""
+    config = config_of(case)
+    count, sides, heads = counted(config)
+    work = work_of(config, case.rows, device, sides)
+    return step_memory(architecture(config), work, Sharding(1, 2), count.base, count.trainable, heads, workspace=0.0)
+
+
+def measured(case: Case, ranks: Ranks) -> int:
+    """Most bytes that PyTorch has allocated at any moment of the last step, the model included."""
+    config = config_of(case)
+    vocabulary = architecture(config).vocabulary
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    on_gpu = ranks.device.type == "cuda"
+    peaks: list[int] = []
+
+    def work() -> None:
+        model = build_model(model_config(config), dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
+        engine = build_engine(model, config, ranks)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(3, vocabulary, (case.rows, case.source), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, case.source // 2 :] = 0  # some padding: without any, transformers leaves the mask away
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": torch.randint(3, vocabulary, (case.rows, case.target), generator=generator),
+            "task_ids": torch.zeros(case.rows, dtype=torch.long),
+        }
+        for step in range(STEPS):
+            # DeepSpeed leaves cycles behind: what only they hold is garbage, and not the step's
+            gc.collect()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            with mark(f"step {step}"):
+                pass
+            engine.train_step([batch])
+        if on_gpu:
+            peaks.append(torch.cuda.max_memory_allocated())
+        with mark("end"):
+            pass
+        engine.close()
+
+    if on_gpu:
+        work()
+        gc.collect()
+        torch.cuda.empty_cache()
+        return peaks[0]
+    return track_cpu(work).peaks[f"step {STEPS - 1}"]
+
+
+def compare(ranks: Ranks) -> list[dict[str, Any]]:
+    """Every case of the device at hand: plan, measurement, error."""
+    rows = []
+    for case in GPU_CASES if ranks.device.type == "cuda" else CPU_CASES:
+        plan = predicted(case, ranks.device.type)
+        peak = measured(case, ranks)
+        rows.append(
+            {
+                "case": case.name,
+                "shape": f"{case.rows} x ({case.source} + {case.target})",
+                "settings": " ".join(case.settings),
+                "plan_mb": round(plan.peak / 1e6, 3),
+                "measured_mb": round(peak / 1e6, 3),
+                "error_percent": round(100 * (plan.peak / peak - 1), 2),
+                "moment": plan.moment,
+            }
+        )
+    return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the benchmark."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The benchmark."""
+    ranks = Ranks.start(read_environment(os.environ), None)
+    try:
+        rows = compare(ranks)
+    finally:
+        ranks.close()
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    table = Table(title=f"memory of a training step on {ranks.device.type}: plan against measurement", title_justify="left")
+    for column in ("case", "rows x tokens", "plan, MB", "measured, MB", "error", "peak at the"):
+        table.add_column(column, justify="left" if column in ("case", "peak at the") else "right")
+    for row in rows:
+        table.add_row(
+            row["case"], row["shape"], f"{row['plan_mb']:.1f}", f"{row['measured_mb']:.1f}", f"{row['error_percent']:+.1f}%", row["moment"]
+        )  # fmt: skip
+    Console(width=max(110, Console().width)).print(table)
+    return 0

@@ -106,6 +106,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
             config.run.seed,
             config.data.temperature,
             config.data.fraction,
+            single_task=config.data.single_task_batches,
         )
         log.info("mixture: " + ", ".join(f"{name} {share:.1%}" for name, share in mixture.proportions.items()))
         if config.train.epochs is not None:

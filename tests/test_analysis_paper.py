@@ -11,17 +11,21 @@ import pytest
 from omegaconf import OmegaConf
 
 from hdscale.analysis.paper import CONFIGS, PERCENT_TOLERANCE, paper_table, paper_tables, trained_rows
+from hdscale.analysis.tables import run_name
 from hdscale.cli import main
 from hdscale.config import load_config, model_config, yaml_with_bases
 from hdscale.errors import UserError
 from hdscale.modeling.params import count_for
+from hdscale.study.spec import load_study
 
+STUDIES = ("table1", "table13", "table14", "table16")
+"""Tables that are also there as a study: one run for each row."""
 ALL_ROWS = [(table, row) for table in paper_tables().values() for row in table.rows]
 
 
 def test_every_configuration_is_a_row_or_its_variant():
     rows = {row.config for _, row in ALL_ROWS if row.config}
-    files = {path.stem for path in CONFIGS.glob("*.yaml")}
+    files = {path.stem for path in CONFIGS.glob("*.yaml")} - set(STUDIES)
     variants = {name for name in files if name.endswith("_layernorm") and name.removesuffix("_layernorm") in rows}
     assert files - variants == rows
     # the grid's rows with a conditioned encoder, with both adapter inputs (the release's differs from the paper's text)
@@ -112,9 +116,21 @@ def test_protocols_of_the_tables():
 
 def test_rows_with_one_run_name_are_one_run():
     runs = {}
-    for path in sorted(CONFIGS.glob("*.yaml")):
+    for path in sorted(CONFIGS.glob("*_*.yaml")):
         config = OmegaConf.to_container(yaml_with_bases(path))
         assert runs.setdefault(config["run"]["name"], config) == config, path
+
+
+@pytest.mark.parametrize("key", STUDIES)
+def test_studies_are_the_rows(key):
+    """A study's runs are called as `analyze tables` looks for them, and are what the row's own configuration says."""
+    study = load_study(CONFIGS / f"{key}.yaml")
+    rows = [row for row in paper_table(key).rows if row.config]
+    assert [run.name for run in study.runs] == [run_name(row) for row in rows]
+    for run, row in zip(study.runs, rows, strict=True):
+        alone = load_config(CONFIGS / f"{row.config}.yaml")
+        alone.run.dir = run.config.run.dir
+        assert run.config == alone, row.name
 
 
 @pytest.mark.parametrize("key", ["table1", "table2", "table3", "table13"])

@@ -11,7 +11,7 @@ from hdscale.data.batches import Row
 from hdscale.data.tokenize import TokenizedSplit
 from hdscale.errors import UserError
 
-EPOCH_ORDER, SUBSET, WEIGHTED_DRAW = 1, 2, 3
+EPOCH_ORDER, SUBSET, WEIGHTED_DRAW, BATCH_TASK = 1, 2, 3, 4
 """Purposes of random numbers: each has a stream of its own."""
 DRAWS = 4096
 """Positions whose weighted draws are made at once."""
@@ -31,6 +31,8 @@ class Mixture:
         fraction: share of each set that is used, in (0, 1]; the rows of a smaller share are among those of a
             larger one.
         task_ids: the id of each set's task; by default its place.
+        single_task: each global batch holds one task, drawn with those same probabilities (whatever the
+            temperature, with replacement).
 
     Raises:
         UserError: no rows, or a temperature or fraction out of range.
@@ -43,6 +45,7 @@ class Mixture:
         temperature: float = 1.0,
         fraction: float = 1.0,
         task_ids: Sequence[int] | None = None,
+        single_task: bool = False,
     ) -> None:
         if not sets:
             raise UserError("no task of data.tasks has a training set; name one that has")
@@ -56,6 +59,7 @@ class Mixture:
             if not len(one):
                 raise UserError(f"the training set of task {one.task} is empty")
         self.sets, self.seed, self.temperature = list(sets), seed, temperature
+        self.single_task = single_task
         self.task_ids = list(range(len(sets))) if task_ids is None else list(task_ids)
         self._chosen = [subset(len(one), fraction, seed, number) for number, one in enumerate(sets)]
         self.sizes = [
@@ -65,7 +69,7 @@ class Mixture:
         self._starts = np.cumsum([0, *self.sizes])
         # two epochs meet in one batch, so the orders of two are kept
         self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffle)
-        self._draws = functools.lru_cache(maxsize=2)(self._draw)
+        self._draws = functools.lru_cache(maxsize=3)(self._draw)
 
     def __len__(self) -> int:
         """Rows of one epoch."""
@@ -87,7 +91,10 @@ class Mixture:
     def places(self, step: int, global_batch_size: int) -> list[tuple[int, int]]:
         """(set, row of the set) of each row of a step's global batch."""
         positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
-        numbers, rows = self._shuffled(positions) if self.temperature == 1 else self._drawn(positions)
+        if self.single_task:
+            numbers, rows = self._drawn(positions, self._task_of(step))
+        else:
+            numbers, rows = self._shuffled(positions) if self.temperature == 1 else self._drawn(positions)
         return [
             (number, row if self._chosen[number] is None else int(self._chosen[number][row]))
             for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)
@@ -103,21 +110,28 @@ class Mixture:
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
         return numbers, indices - self._starts[numbers]
 
-    def _drawn(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sets and rows at positions of the weighted draws."""
+    def _drawn(self, positions: np.ndarray, only: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Sets and rows at positions of the weighted draws, or rows of one set `only`."""
         blocks, places = np.divmod(positions, DRAWS)
         numbers, fractions = np.empty_like(places), np.empty(len(places))
         for block in np.unique(blocks).tolist():
             here = blocks == block
             drawn = self._draws(block)
             numbers[here], fractions[here] = drawn[0][places[here]], drawn[1][places[here]]
+        if only is not None:
+            numbers[:] = only
         return numbers, (fractions * np.array(self.sizes)[numbers]).astype(np.int64)
+
+    def _task_of(self, step: int) -> int:
+        """The set that a single-task batch is drawn from."""
+        block, place = divmod(step, DRAWS)
+        return int(self._draws(block, BATCH_TASK)[0][place])
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         return permutation(len(self), self.seed, EPOCH_ORDER, epoch)
 
-    def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        uniform = (random_words(2 * DRAWS, self.seed, WEIGHTED_DRAW, block) >> np.uint64(11)) * 2.0**-53
+    def _draw(self, block: int, purpose: int = WEIGHTED_DRAW) -> tuple[np.ndarray, np.ndarray]:
+        uniform = (random_words(2 * DRAWS, self.seed, purpose, block) >> np.uint64(11)) * 2.0**-53
         bounds = np.cumsum(list(self.proportions.values()))
         numbers = np.minimum(np.searchsorted(bounds, uniform[:DRAWS], side="right"), len(self.sets) - 1)
         return numbers, uniform[DRAWS:]

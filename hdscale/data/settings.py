@@ -37,6 +37,12 @@ class DataSettings:
     max_source_length: int = setting(128, "source tokens kept, </s> included")
     max_target_length: int = setting(16, "target tokens kept, </s> included")
     temperature: float = setting(1.0, "mixture: rows are drawn in proportion to size ** (1 / temperature)")
+    single_task_batches: bool = setting(
+        False, "every global batch holds one task, drawn by the same shares (Hyperformer's own setting)"
+    )
+    task_prefix: bool = setting(
+        True, "sources of GLUE and NLI begin with the task's name (Hyperformer's authors leave it out)"
+    )
     fraction: float = setting(1.0, "share of each training set that is used (data scaling studies)")
     stsb_step: float = setting(
         0.2, "STS-B scores are rounded to this step (T5: 0.2; the paper's release: 0.1)"

@@ -6,6 +6,7 @@ tasks}`; adding it to `MODULES` is all that a new family needs.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -45,7 +46,10 @@ def registry(settings: DataSettings | None = None) -> tuple[dict[str, Task], dic
     mixtures: dict[str, tuple[str, ...]] = {}
     for name in MODULES:
         module = importlib.import_module(name)
-        tasks |= {task.name: task for task in module.tasks(settings)}
+        declared = module.tasks(settings)
+        if not settings.task_prefix:
+            declared = [without_prefix(task) for task in declared]
+        tasks |= {task.name: task for task in declared}
         mixtures |= getattr(module, "MIXTURES", {})
     mixtures[MIXTURE_OF_ALL] = tuple(tasks)
     built_in = {*tasks, *mixtures}
@@ -64,6 +68,11 @@ def registry(settings: DataSettings | None = None) -> tuple[dict[str, Task], dic
             raise UserError(f"data.mixtures.{name} must be a list of names of tasks, not {members!r}")
         mixtures[name] = tuple(map(str, members))
     return tasks, mixtures
+
+
+def without_prefix(task: Task) -> Task:
+    """The task without its name at the beginning of its sources (`data.task_prefix=false`)."""
+    return dataclasses.replace(task, source=task.source.removeprefix(f"{task.name} "))
 
 
 def get_task(task: str | Mapping[str, Any] | Task, settings: DataSettings | None = None) -> Task:

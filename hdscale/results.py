@@ -22,6 +22,7 @@ def final_results(
     model: Any,
     tasks: list[Task],
     final: dict[str, dict[str, float]],
+    notes: dict[str, dict[str, Any]],
     progress: Any,
     steps: int,
     path: Path,
@@ -30,6 +31,7 @@ def final_results(
 
     Args:
         final: {task: {metric: value x100}} of the test splits.
+        notes: {task: what a reader must know beside the metrics: rows, unreadable predictions, the sentence splitter}.
         progress: what the run remembers (best scores, validation metrics, time).
         steps: optimizer steps done.
         path: `results.json`.
@@ -42,6 +44,7 @@ def final_results(
         **average_of(tasks, final),
         "baseline": (baseline := majority_baselines(config, tasks)),
         "baseline_average": average_of(tasks, baseline)["average"],
+        "notes": notes,
         "validation": progress.validation,
         "best": progress.best,
         "steps": steps,

@@ -44,6 +44,7 @@ from hdscale.errors import EXIT_BROKEN, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERR
 from hdscale.evaluation.averages import check_select, task_score
 from hdscale.evaluation.decode import EvaluationStopped
 from hdscale.evaluation.evaluate import Evaluation, evaluate_tasks
+from hdscale.evaluation.metrics import check_metrics
 from hdscale.modeling.base import base_config, tokenizer_name
 from hdscale.modeling.export import read_trainables
 from hdscale.modeling.methods import method_class
@@ -148,13 +149,13 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
 
             # ---- the best model's test, its export, the results
             log.info("test" if config.eval.test else "no test (eval.test=false)")
-            final = final_evaluation(engine, tokenizer, tasks, task_ids, config, folder, log, progress, preemption)
+            final, notes = final_evaluation(engine, tokenizer, tasks, task_ids, config, folder, log, progress, preemption)
         except EvaluationStopped:
             save_state(engine, folder, config, progress, log)
             return preempted(log, engine.step)
         export(engine, folder.adapter)
         results = ranks.on_main(
-            final_results, config, ranks, model, tasks, final, progress, engine.step, folder.results
+            final_results, config, ranks, model, tasks, final, notes, progress, engine.step, folder.results
         )
         log.close()
         if ranks.is_main:
@@ -165,6 +166,8 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
 def check(config: Config, world_size: int) -> list[Task]:
     """What can be wrong with a configuration by itself, before anything is loaded or overwritten; the run's tasks."""
     tasks = expand_tasks(config.data.tasks, config.data)
+    for task in tasks:
+        check_metrics(task)
     check_select(config.eval.select, [task for task in tasks if task.trains] or tasks)
     model = model_config(config)
     method_class(model.method).check(model)
@@ -283,12 +286,13 @@ def final_evaluation(
     log: RunLog,
     progress: Progress,
     preemption: Preemption,
-) -> dict[str, dict[str, float]]:
-    """Metrics of each task's test split (its validation split where it has none) by the best model for it.
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
+    """Metrics of each task's test split (its validation split where it has none) by the best model for it, and notes.
 
     The engine is left with the weights of the overall best (the first task's, with `eval.select=per_task`).
     """
     final: dict[str, dict[str, float]] = {}
+    notes: dict[str, dict[str, Any]] = {}
     overall = "average" if "average" in progress.best else next(iter(progress.best), "last")
     steps = {task.name: progress.best.get(task.name, progress.best.get(overall, {})).get("step") for task in tasks}
     if config.eval.select == "last":
@@ -309,7 +313,8 @@ def final_evaluation(
                 )  # fmt: skip
                 log.evaluation(engine.step, split, evaluation.metrics(), evaluation.averages, evaluation.selection)
                 final |= evaluation.metrics()
-    return final or progress.validation
+                notes |= evaluation.notes()
+    return final or progress.validation, notes
 
 
 def export(engine: Engine, folder: Path) -> None:

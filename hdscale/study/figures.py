@@ -53,6 +53,8 @@ PARAMETERS = Quantity("model size", "parameters of the base", "N", lambda row: r
 TRAINABLE = Quantity("trainables", "trainable parameters", "n", lambda row: row.trainable)
 SAMPLES = Quantity("data", "training rows seen", "D", lambda row: row.samples)
 FLOPS = Quantity("compute", "training compute (FLOP)", "C", lambda row: row.flops)
+TASKS = Quantity("number of tasks", "tasks", "k", lambda row: row.tasks)
+COMMON = Quantity("error on common tasks", "test error on the tasks of all runs (points)", "e", lambda row: row.common_error)
 LOSS = Quantity("loss", "training loss at the end (nats per token)", "L", lambda row: row.loss)
 ERROR = Quantity("error", "test error, 100 - average score (points)", "e", lambda row: row.error)
 
@@ -139,7 +141,7 @@ def against_plan(
         return None
     figure, axes = new_figure()
     labels = list(dict.fromkeys(group(row) for row, _, _ in points))
-    ratios = []
+    ratios: list[float] = []
     for index, name in enumerate(labels):
         own = [(row, value, plan) for row, value, plan in points if group(row) == name]
         colour, marker = style(index)
@@ -158,6 +160,8 @@ def against_plan(
     axes.set_ylabel(label)
     handles = [Line2D([], [], color=style(i)[0], marker=style(i)[1], linestyle="none") for i in range(len(labels))]
     notes = []
+    if not ratios:
+        notes.append("no prediction beside it: the plan has figures for GPUs, and for none of " + kinds_of(rows))
     if ratios:
         handles.append(Line2D([], [], color="#555555", marker="o", markerfacecolor="none", linestyle=":"))
         labels.append("plan")
@@ -218,13 +222,17 @@ def pareto_front(rows: Sequence[Row], group: Callable[[Row], str]) -> Picture | 
     )  # fmt: skip
     axes.set_xscale("log")
     plain_log_ticks(axes, y=False)
-    kinds = sorted({row.device for row in own})
     axes.set_xlabel("device-hours of training (ranks x hours)")
     axes.set_ylabel("test average (points)")
     handles = [Line2D([], [], color=style(i)[0], marker=style(i)[1], linestyle="none") for i in range(len(labels))]
     legend(figure, axes, [*handles, Line2D([], [], color="#555555")], [*labels, "Pareto front"])
-    notes = [f"devices: {'; '.join(kinds)}", "on the front: " + ", ".join(own[index].name for index in front)]
+    notes = [f"devices: {kinds_of(own)}", "on the front: " + ", ".join(own[index].name for index in front)]
     return Picture("pareto_front", "Quality against device-hours", figure, notes)
+
+
+def kinds_of(rows: Sequence[Row]) -> str:
+    """The devices of some runs."""
+    return ", ".join(sorted({row.device for row in rows}))
 
 
 def new_figure(width: float = SIZE[0]) -> tuple[Figure, Axes]:

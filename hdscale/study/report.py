@@ -105,6 +105,9 @@ def draw(rows: list[Row], runs: dict[str, dict]) -> tuple[list[Picture], list[st
     for x, colours in by_x:
         for y in (figures.LOSS, figures.ERROR):
             wanted.append((f"{y.name} against {x.name}", figures.scaling(rows, x, y, colours)))
+    if tasks := axes_of(moved, "data.tasks"):
+        picture = figures.scaling(rows, figures.TASKS, figures.COMMON, group(tasks))
+        wanted.append(("error on common tasks against number of tasks", picture))
     wanted.append(
         (
             "throughput against model size",

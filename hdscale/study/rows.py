@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Row:
         samples: training rows seen. tokens: source and target tokens seen. seconds: of training.
         devices: ranks. device_hours: ranks times hours of training. samples_per_second: of training.
         memory_gb: largest that the log states for a rank. flops: of training, by the plan's formula.
+        tasks: number of tasks tested. common_error: 100 - mean score over the tasks that every run has tested, a task
+            with several metrics counting their mean.
         planned_*: the plan's predictions for this run on its device (None where the plan has no figures for it).
     """
 
@@ -48,6 +50,8 @@ class Row:
     samples_per_second: float | None
     memory_gb: float | None
     flops: float | None
+    tasks: int = 0
+    common_error: float | None = None
     planned_samples_per_second: float | None = None
     planned_memory_gb: float | None = None
 
@@ -58,12 +62,29 @@ Predict = Callable[[dict[str, Any], dict[str, Any]], dict[str, float | None]]
 
 def read_rows(store: Store, predict: Predict | None = None) -> list[Row]:
     """The finished runs of a study, in the order of its grid."""
-    rows = []
-    for name, run in store.read()["runs"].items():
-        results = store.results(name)
-        if results is not None:
-            rows.append(row_of(store, name, run, results, predict))
-    return rows
+    runs = store.read()["runs"]
+    found = {name: results for name in runs if (results := store.results(name)) is not None}
+    rows = [row_of(store, name, runs[name], results, predict) for name, results in found.items()]
+    scores = [task_scores(results) for results in found.values()]
+    common = set.intersection(*map(set, scores)) if scores else set()
+    return [
+        replace(
+            row,
+            tasks=len(own),
+            common_error=100.0 - sum(own[task] for task in common) / len(common) if common else None,
+        )
+        for row, own in zip(rows, scores, strict=True)
+    ]
+
+
+def task_scores(results: dict[str, Any]) -> dict[str, float]:
+    """{task: mean of its metrics}."""
+    scores = {}
+    for task, metrics in (results.get("tasks") or {}).items():
+        values = [value for value in metrics.values() if finite(value)]
+        if values:
+            scores[task] = sum(values) / len(values)
+    return scores
 
 
 def row_of(store: Store, name: str, run: dict[str, Any], results: dict[str, Any], predict: Predict | None) -> Row:

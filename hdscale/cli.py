@@ -28,7 +28,12 @@ VERBS: dict[str, tuple[str, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parse(list(sys.argv[1:] if argv is None else argv))
+    return guarded(args.run, args)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of a command line; `run` is the verb's function."""
     parser = argparse.ArgumentParser(prog="hdscale", description="Train hyperdecoders at cluster scale.", allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     wanted = argv[0] if argv else None
@@ -39,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(module_name)
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
-    return guarded(args.run, args)
+    return parser.parse_args(argv)
 
 
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

@@ -432,6 +432,7 @@ def test_a_sweep_is_an_array_with_bounded_parallelism(
     record = read_launch(folder)
     assert (folder / f"{record.job}_submission.sh").read_text().strip() == script.strip()
     assert f"export PYTHONPATH={folder}/code" in script and "#SBATCH --array=0-3%2" in script
+    assert load_config(folder / "configs/3.yaml").deepspeed == f"{folder}/configs/zero2_fp32.json"
 
     assert main([*command, *options, *sweep]) == 2
     assert "still queued or running" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 
@@ -164,6 +165,8 @@ def write_files(config: Config, runs: list[tuple[Config, list[str]]], folder: Pa
     for index, (one, swept) in enumerate(runs):
         path = folder / "configs" / f"{index}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
+        if one.cluster.snapshot and one.deepspeed:
+            one = dataclasses.replace(one, deepspeed=keep_copy(one.deepspeed, path.parent))
         path.write_text(yaml.safe_dump(to_dict(one), sort_keys=False, allow_unicode=True))
         entries.append(RunEntry(one.run.name, str((Path(one.run.dir) / one.run.name).absolute()), str(path), swept))
     for stale in [*folder.glob("state.*.json"), *folder.glob("error.*.txt")]:
@@ -171,6 +174,14 @@ def write_files(config: Config, runs: list[tuple[Config, list[str]]], folder: Pa
     record = LaunchRecord(config.run.name, config.cluster.executor, entries, "", now())
     write_launch(folder, record)
     return record
+
+
+def keep_copy(name: str, folder: Path) -> str:
+    """Copy a DeepSpeed configuration to where no edit of the checkout reaches it."""
+    source = next(path for path in (Path(name), package_root() / name) if path.is_file())
+    copy = folder.absolute() / source.name
+    shutil.copyfile(source, copy)
+    return str(copy)
 
 
 def run_here(

@@ -68,7 +68,7 @@ def show_status(run_dir: str, name: str) -> int:
         state = read_state(folder, index)
         words = describe(record, index, run, state, known)
         step = newest_step(run.folder)
-        table.add_row(run.name, record.job_of(index), words, "-" if step < 0 else str(step), str(state.starts or "-"))
+        table.add_row(run.name, job_of(record, index, state), words, "-" if step < 0 else str(step), str(state.starts or "-"))
         if state.outcome in ("failed", "stalled") or (state.outcome == "again" and state.stalled):
             errors.append(f"{run.name}: {find_error(folder, index, record, state)}")
     # rows must not be cut where the output goes to a file or a narrow terminal
@@ -80,9 +80,14 @@ def show_status(run_dir: str, name: str) -> int:
     return 0
 
 
+def job_of(record: LaunchRecord, index: int, state: RunState) -> str:
+    """The id of a run's job; without SLURM, of the process that the run itself has noted."""
+    return record.job_of(index) if record.executor in ("slurm", "sbatch") else state.job
+
+
 def describe(record: LaunchRecord, index: int, run: RunEntry, state: RunState, known: dict[str, str]) -> str:
     """The state of a run in a word or two."""
-    now = known.get(record.job_of(index), "").replace("_", " ").lower()
+    now = known.get(job_of(record, index, state), "").replace("_", " ").lower()
     if state.outcome in ("done", "failed", "stalled"):
         return OUTCOMES[state.outcome]
     if now and now not in ("completed", "failed"):
@@ -115,12 +120,11 @@ def known_jobs(record: LaunchRecord) -> dict[str, str]:
         ]
         done = subprocess.run(command, capture_output=True, text=True)
         return dict(line.split() for line in done.stdout.splitlines())  # an id that squeue has forgotten: none
-    pids = [job for job in record.job.split(",") if job and is_controller(int(job))]
-    return {record.job: "RUNNING"} if pids else {}
+    return {job: "RUNNING" for job in record.job.split(",") if is_controller(job)}
 
 
-def is_controller(pid: int) -> bool:
-    """Whether a process is submitit's local controller."""
+def is_controller(pid: str) -> bool:
+    """Whether a job of the local executor is still there; its id is that of submitit's controlling process."""
     try:
         return b"submitit.local._local" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -132,7 +136,7 @@ def log_files(folder: Path, index: int, record: LaunchRecord, state: RunState) -
     if record.executor == "sbatch":
         return [Path(state.log)] if state.log else []
     return sorted(
-        folder.glob(f"{state.job or record.job_of(index)}_*_log.out"),
+        folder.glob(f"{job_of(record, index, state)}_*_log.out"),
         key=lambda path: int(path.name.split("_")[-2]),
     )
 
@@ -176,7 +180,7 @@ def cancel(run_dir: str, name: str) -> int:
             raise UserError(f"scancel refuses: {' '.join(done.stderr.split())}")
     else:
         for job in record.job.split(","):
-            if is_controller(int(job)):
+            if is_controller(job):
                 os.kill(int(job), signal.SIGINT)
     print(f"{name}: cancelled {record.job}")
     return 0

@@ -24,6 +24,7 @@ FREE_KEYS = (
     "data.root",
     "data.cache",
     "cluster.",
+    "deepspeed",
 )
 """Keys (or beginnings of keys) that may differ when a run is continued: they change where and how, not what is computed."""
 

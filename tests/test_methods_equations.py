@@ -339,7 +339,7 @@ OPTIONS = {
 def test_options_of_the_hyperdecoder(base, name):
     options, hooks, pooling = OPTIONS[name]
     sizes = dict(SMALL)
-    if not ("adapter" in hooks["forms"]):
+    if "adapter" not in hooks["forms"]:
         del sizes["decoder__dim"]
     model, batch = double_model(method_config(base, **sizes, **options)), random_batch()
     weights = {name: value.detach().double() for name, value in model.method.state_dict().items()}

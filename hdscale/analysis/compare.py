@@ -119,7 +119,9 @@ def method_name(runs: Sequence[RunResult]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs of one method, by seed")
     parser.add_argument("--against", nargs="+", required=True, metavar="RUN", help="runs of the method to compare with")
-    parser.add_argument("--without", nargs="+", default=[], metavar="TASK", help="averages without these tasks too, each by itself")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="TASK", help="averages without these tasks too, each by itself"
+    )
     parser.add_argument(
         "--test", nargs="+", default=[], choices=list(TEST_NAMES), help="default: paired-t and welch, or welch where seeds differ"
     )

@@ -1,7 +1,8 @@
 """Floating-point operations, time and communication of a step. docs/plan.md derives every term.
 
-With a frozen base the backward pass forms gradients of activations only: it costs what the forward pass does, not twice
-that, and nothing at all before the first adapter. Adapters and the hypernetwork train: their backward is twice the forward.
+With a frozen base the backward pass forms gradients of activations only: a product with a weight costs what it does in the
+forward pass, not twice that; products of two activations (attention's scores and sums) cost twice; and nothing is due before
+the first adapter. Adapters and the hypernetwork train: their backward is twice the forward.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ def row_flops(base: Architecture, work: Work, bottleneck: int) -> Flops:
     s, t, d = work.source, work.target, base.d_model
     inner = base.heads * base.d_kv
     matrices = (3 if base.gated else 2) * d * base.d_ff
-    encoder_layer = 2 * s * (4 * d * inner + matrices) + 4 * s * s * inner
-    cross = 2 * t * 2 * d * inner + 2 * s * 2 * d * inner + 4 * t * s * inner
-    decoder_layer = 2 * t * (4 * d * inner + matrices) + 4 * t * t * inner + cross
+    encoder_scores = 4 * s * s * inner
+    encoder_layer = 2 * s * (4 * d * inner + matrices) + encoder_scores
+    decoder_scores = 4 * t * t * inner + 4 * t * s * inner
+    cross = 2 * t * 2 * d * inner + 2 * s * 2 * d * inner
+    decoder_layer = 2 * t * (4 * d * inner + matrices) + cross + decoder_scores
     head = 2 * t * d * base.vocabulary
     encoder = work.encoder_passes * base.encoder_layers * encoder_layer
     decoder = base.decoder_layers * decoder_layer + head
@@ -62,7 +65,8 @@ def row_flops(base: Architecture, work: Work, bottleneck: int) -> Flops:
     if work.checkpointing in ("decoder", "all"):
         recomputed += decoder - head
     # no gradient flows below the first adapter, which stands in the first block
-    frozen_backward = (encoder - work.encoder_passes * encoder_layer if work.encoder_dim else 0.0) + decoder
+    differentiated = work.encoder_passes * (base.encoder_layers - 1) if work.encoder_dim else 0
+    frozen_backward = differentiated * (encoder_layer + encoder_scores) + decoder + base.decoder_layers * decoder_scores
     if work.trains_base:
         frozen_backward = 2 * (encoder + decoder)
     # the compiled operator forms the generated weights again in the backward pass

@@ -49,6 +49,9 @@ def find_device(name: str) -> Device:
     """
     key = name.lower()
     if key not in DEVICES:
+        family = [one for one in DEVICES if key and one.startswith(key)]
+        if family:
+            raise UserError(f"--gpu {name} comes in several sizes; choose {' or '.join(family)}")
         raise UserError(f"--gpu {name}: unknown{nearest(key, DEVICES)}")
     return DEVICES[key]
 

@@ -190,6 +190,12 @@ def make_plan(config: Config, gpu: Device, gpus: int, efficiency: float = comput
                 f"{count.percent:.1f}% of the weights train"
                 + (f", and would reduce gradients {micro} times a step instead of once" if micro > 1 else "")
             )
+        if offload:
+            host = memory(rows, stage, offload, checkpointing).host
+            advice.append(
+                f"masters and moments go to host memory: {gb(host)} a rank; every step moves them over the host's bus, "
+                "which the time below does not count"
+            )
         if checkpointing != asked:
             advice.append(
                 f"activations are recomputed (model.activation_checkpointing={checkpointing}): one row would not fit else"

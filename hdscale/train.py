@@ -131,27 +131,31 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
 
         # ---- the loop: evaluate when due, save when due or asked to stop, else one more step
         pad_id = tokenizer.pad_token_id
-        try:
-            while True:
-                step = engine.step
-                if evaluation_due(config, step) and progress.evaluated < step:
+        while True:
+            step = engine.step
+            if evaluation_due(config, step) and progress.evaluated < step:
+                try:
                     evaluate_and_keep_best(engine, tokenizer, trained, task_ids, config, folder, log, progress, preemption)
-                stop = preemption.agreed()
-                last = step == config.train.max_steps
-                if step > 0 and (stop or last or step % config.train.checkpoint_every == 0):
+                except EvaluationStopped:
                     save_state(engine, folder, config, progress, log)
-                if stop:
                     return preempted(log, step)
-                if last:
-                    break
-                rows = mixture.rows(step, config.train.global_batch_size)
-                train_one_step(engine, rows, pad_id, config, log, progress)
+            stop = preemption.agreed()
+            last = step == config.train.max_steps
+            if step > 0 and (stop or last or step % config.train.checkpoint_every == 0):
+                save_state(engine, folder, config, progress, log)
+            if stop:
+                return preempted(log, step)
+            if last:
+                break
+            rows = mixture.rows(step, config.train.global_batch_size)
+            train_one_step(engine, rows, pad_id, config, log, progress)
 
-            # ---- the best model's test, its export, the results
-            log.info("test" if config.eval.test else "no test (eval.test=false)")
+        # ---- the best model's test, its export, the results
+        log.info("test" if config.eval.test else "no test (eval.test=false)")
+        try:
             final, notes = final_evaluation(engine, tokenizer, tasks, task_ids, config, folder, log, progress, preemption)
         except EvaluationStopped:
-            save_state(engine, folder, config, progress, log)
+            # no save: the last step's checkpoint is there, and the engine may hold the best weights by now
             return preempted(log, engine.step)
         export(engine, folder.adapter)
         results = ranks.on_main(
@@ -319,7 +323,8 @@ def final_evaluation(
 
 def export(engine: Engine, folder: Path) -> None:
     """Write the float32 masters of the trainables as an export, on rank 0."""
-    tensors = dict(engine.trainable_tensors())
+    # gathering is collective, keeping is not
+    tensors = {name: tensor for name, tensor in engine.trainable_tensors() if engine.ranks.is_main}
     engine.ranks.on_main(engine.module.save_pretrained, str(folder), tensors)
 
 

@@ -223,6 +223,14 @@ def test_warm_start(base, tmp_path):
         build_model(other)
 
 
+def test_warm_start_of_a_task_conditioned_model_needs_its_tasks(base, tmp_path):
+    build_model(method_config(base, "modular")).save_pretrained(tmp_path)
+    config = method_config(base, "modular", tasks=["rte", "cola", "sst2"])
+    config.model.init_adapter = str(tmp_path)
+    with pytest.raises(UserError, match="was trained on the tasks cola, rte, sst2, this model has rte, cola, sst2"):
+        build_model(config)
+
+
 def test_torn_export(base, tmp_path):
     build_model(method_config(base, **SIZES)).save_pretrained(tmp_path)
     weights = tmp_path / "hdscale_adapter.safetensors"

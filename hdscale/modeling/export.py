@@ -114,14 +114,31 @@ def read_trainables(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from error
 
 
+def check_tasks(model: AdaptedModel, folder: Path) -> None:
+    """The learned vectors of tasks are told apart by order alone: it must be the export's.
+
+    Raises:
+        UserError: if a task-conditioned model has other tasks than the export.
+    """
+    if not model.method.needs_tasks or not (folder / CONFIG).is_file():
+        return
+    written = HyperdecoderConfig.from_file(folder / CONFIG).tasks
+    if written != model.config.tasks:
+        raise UserError(
+            f"{folder}: was trained on the tasks {', '.join(written)}, this model has {', '.join(model.config.tasks)}; "
+            "a task-conditioned model needs the same ones in the same order"
+        )
+
+
 def load_trainables(model: AdaptedModel, folder: str | Path) -> None:
     """Copy an export's tensors into a model's trainables.
 
     Raises:
-        UserError: naming the first tensors that are missing, too many, or of another shape.
+        UserError: naming the first tensors that are missing, too many, or of another shape, or other tasks.
     """
     tensors = read_trainables(folder)
     path = Path(folder) / WEIGHTS
+    check_tasks(model, Path(folder))
     parameters = dict(model.named_parameters())
     wanted = model.trainable_names()
     missing = [name for name in wanted if name not in tensors]

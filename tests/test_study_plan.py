@@ -18,7 +18,7 @@ from hdscale.errors import UserError
 from hdscale.study import compute
 from hdscale.study.hardware import DEVICES, find_device, match_device
 from hdscale.study.memory import Sharding, step_memory
-from hdscale.study.plan import architecture, counted, make_plan, work_of
+from hdscale.study.plan import SHIPPED, architecture, counted, make_plan, work_of
 
 ROOT = Path(__file__).resolve().parents[1]
 GLUE = ["data.tasks=[glue]", "data.max_source_length=128", "data.max_target_length=16", "train.global_batch_size=128"]
@@ -181,6 +181,12 @@ def test_which_sizes_fit_which_machines(capsys):
 def test_mistakes_are_told_in_one_line(arguments, says, capsys):
     code = main(["plan", "--config", str(ROOT / "configs" / "glue_large.yaml"), *arguments, "model.name=t5-v1_1-small"])
     assert code == 2 and says in capsys.readouterr().err
+
+
+def test_every_recommended_deepspeed_file_ships():
+    assert all((ROOT / "ds_configs" / f"{name}.json").is_file() for name in SHIPPED.values())
+    assert "deepspeed=YOURS.json" in make_plan(glue("xxl", "train.dtype=fp32"), DEVICES["a100-40gb"], 8).command
+    assert make_plan(glue("xl"), DEVICES["a100-80gb"], 16).command.startswith("hdscale launch --config FILE cluster.nodes=2")
 
 
 def test_a_plan_needs_a_run(capsys):

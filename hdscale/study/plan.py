@@ -313,16 +313,38 @@ def loading_host(config: Config, base: Architecture, parameters: int) -> float:
     return 4.0 * base.vocabulary * base.d_model
 
 
+SHIPPED = {
+    (1, False, "bf16"): "zero1_bf16",
+    (2, False, "bf16"): "zero2_bf16",
+    (2, False, "fp32"): "zero2_fp32",
+    (2, True, "bf16"): "zero2_offload_bf16",
+    (3, False, "bf16"): "zero3_bf16",
+}
+"""(stage, offload, dtype): file of ds_configs/."""
+
+
 def command_of(config: Config, plan: Plan, gpu: Device) -> str:
-    """The command line that follows from a plan."""
-    file = f"ds_configs/zero{plan.stage}{'_offload' if plan.offload else ''}_{config.train.dtype}.json"
-    settings = [f"train.micro_batch_size={plan.micro_batch_size}", f"deepspeed={file}"]
+    """The command line that follows from a plan; where no DeepSpeed JSON of the stage ships, advice to write one."""
+    settings = [f"train.micro_batch_size={plan.micro_batch_size}"]
+    key = (plan.stage, plan.offload, config.train.dtype)
+    if key in SHIPPED:
+        settings.append(f"deepspeed=ds_configs/{SHIPPED[key]}.json")
+    elif key == (1, False, "fp32"):
+        # stage 2 differs in when gradients are reduced, and ships
+        settings.append("deepspeed=ds_configs/zero2_fp32.json")
+    else:
+        settings.append("deepspeed=YOURS.json")
+        offload = " with offload_optimizer" if plan.offload else ""
+        plan.advice.append(
+            f"no JSON of ZeRO-{plan.stage}{offload} in {config.train.dtype} ships: copy the nearest of ds_configs/ to YOURS.json"
+        )
     if plan.checkpointing != config.model.activation_checkpointing:
         settings.append(f"model.activation_checkpointing={plan.checkpointing}")
     if plan.gpus <= gpu.gpus_per_node:
         return f"deepspeed --num_gpus {plan.gpus} hdscale/train.py --config FILE {' '.join(settings)}"
     nodes = math.ceil(plan.gpus / gpu.gpus_per_node)
-    return f"hdscale launch --config FILE cluster.nodes={nodes} cluster.gpus_per_node={gpu.gpus_per_node} {' '.join(settings)}"
+    where = f"cluster.nodes={nodes} cluster.gpus_per_node={gpu.gpus_per_node}"
+    return f"hdscale launch --config FILE {where} {' '.join(settings)}"
 
 
 def gb(value: float) -> str:

@@ -131,9 +131,7 @@ print(json.dumps({"size": size, "own": own() - before, "peak": peak - before, "t
 """
 
 
-def load_in_ranks(
-    tmp_path: Path, checkpoint_dtype: torch.dtype, dtype: str, ranks: int
-) -> list[dict[str, float]]:
+def load_in_ranks(tmp_path: Path, checkpoint_dtype: torch.dtype, dtype: str, ranks: int) -> list[dict[str, float]]:
     tiny = save_checkpoint(tmp_path / "tiny", "v1.1")
     big = save_checkpoint(
         tmp_path / "big", "v1.1", checkpoint_dtype, "100MB",

@@ -119,10 +119,12 @@ def measured(case: Case, ranks: Ranks) -> int:
     return track_cpu(work).peaks[f"step {STEPS - 1}"]
 
 
-def compare(ranks: Ranks) -> list[dict[str, Any]]:
-    """Every case of the device at hand: plan, measurement, error."""
+def compare(ranks: Ranks, only: str | None = None) -> list[dict[str, Any]]:
+    """Every case of the device at hand, or those whose name contains `only`: plan, measurement, error."""
     rows = []
     for case in GPU_CASES if ranks.device.type == "cuda" else CPU_CASES:
+        if only and only not in case.name:
+            continue
         plan = predicted(case, ranks.device.type)
         peak = measured(case, ranks)
         rows.append(
@@ -141,6 +143,7 @@ def compare(ranks: Ranks) -> list[dict[str, Any]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the benchmark."""
+    parser.add_argument("--only", metavar="WORD", help="cases whose name contains it")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -148,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     """The benchmark."""
     ranks = Ranks.start(read_environment(os.environ), None)
     try:
-        rows = compare(ranks)
+        rows = compare(ranks, args.only)
     finally:
         ranks.close()
     if args.json:

@@ -66,7 +66,7 @@ MATRIX: dict[str, tuple[str, dict[str, Any], int, float]] = {
     "hyperformer, a hypernetwork per layer": ("hyperformer", dict(hyperformer__dim=32, hyperformer__form="layer"), 200, RATE),
     "hyperformer++": ("hyperformer++", dict(hyperformer__dim=32), 200, RATE),
     "hyperprompt": ("hyperprompt", dict(hyperprompt__length=64, hyperprompt__bottleneck=64), 300, 3e-3),
-    "hyperprompt and base": ("hyperprompt", dict(hyperprompt__length=8, hyperprompt__tune_base=True), 100, RATE),
+    "hyperprompt and base": ("hyperprompt", dict(hyperprompt__length=8, hyperprompt__tune_base=True), 120, 3e-3),
     "full_finetuning": ("full_finetuning", {}, 60, RATE),
 }
 QUICK = ["hyperdecoder"]

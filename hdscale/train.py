@@ -307,9 +307,8 @@ def final_evaluation(
         if step is not None:
             engine.load_trainables(read_trainables(folder.best_folder(int(step))))
         for split in ("test", "validation"):
-            members = [
-                task for task in tasks if steps[task.name] == step and split == ("test" if "test" in task.splits else "validation")
-            ]
+            own = [task for task in tasks if ("test" if "test" in task.splits else "validation") == split]
+            members = [task for task in own if steps[task.name] == step]
             if members and config.eval.test:
                 evaluation = evaluate(
                     engine, tokenizer, members, split, task_ids, config, folder, log, preemption,

@@ -27,7 +27,8 @@ def predict_run(config: dict[str, Any], results: dict[str, Any]) -> dict[str, fl
     ranks = int(provenance.get("world_size") or 1)
     whole = to_config(config)
     mean = results["tokens"] / max(results["samples"], 1)
-    flops_row = mean_row_flops(tuple(sorted((key, repr(value)) for key, value in config.items() if key.startswith(("model.", "method.", "data.")))), whole, mean)  # fmt: skip
+    relevant = {key: repr(value) for key, value in config.items() if key.startswith(("model.", "method.", "data."))}
+    flops_row = mean_row_flops(tuple(sorted(relevant.items())), whole, mean)
     found: dict[str, float | None] = {"flops": flops_row * results["samples"]}
     device = match_device(str(provenance.get("device") or ""))
     if device is not None:

@@ -68,9 +68,7 @@ def test_the_model_is_the_one_that_transformers_loads(tmp_path, family, dtype):
     assert ours.training == theirs.training
     ids = torch.randint(2, 100, (2, 5))
     with torch.no_grad():
-        torch.testing.assert_close(
-            ours(input_ids=ids, labels=ids).logits, theirs(input_ids=ids, labels=ids).logits, rtol=0, atol=0
-        )
+        torch.testing.assert_close(ours(input_ids=ids, labels=ids).logits, theirs(input_ids=ids, labels=ids).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

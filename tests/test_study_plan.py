@@ -54,9 +54,7 @@ def test_five_predicted_peaks_are_within_a_tenth_of_measured_ones():
     assert len({row["moment"] for row in rows}) > 1  # not one term alone is tested
 
 
-@pytest.mark.parametrize(
-    "settings", [("method.name=adapter",), ("method.backend=torch",), ("model.activation_checkpointing=all",)]
-)
+@pytest.mark.parametrize("settings", [("method.name=adapter",), ("method.backend=torch",), ("model.activation_checkpointing=all",)])
 def test_operations_are_those_that_pytorch_counts(settings):
     """Forward and backward of a real model, dropout off (the fused CPU attention is not counted by PyTorch: eager)."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -110,9 +110,7 @@ def test_a_run_is_given_up_after_its_retries(tmp_path, trainer):
 
 def test_a_run_that_takes_too_long_is_stopped(tmp_path, trainer, monkeypatch):
     monkeypatch.setenv("STEP_SECONDS", "0.2")
-    study, store = opened(
-        tmp_path, limits={"retries": 0, "minutes": 0.005}, set={"data": {"tasks": ["quickstart"]}, "train.max_steps": 500}
-    )
+    study, store = opened(tmp_path, limits={"retries": 0, "minutes": 0.005}, set={"data": {"tasks": ["quickstart"]}, "train.max_steps": 500})
     assert LocalRunner(study, store, 3, lambda _: None, command=trainer).run() == 1
     assert "limits.minutes" in store.status(study.runs[0].name, 500).note
 

@@ -80,9 +80,7 @@ def load_mapped(
                     place(base, groups[name], tensor, file)
                     missing.discard(groups[name][0])
     if missing:
-        raise UserError(
-            f"{folder} has no tensor {sorted(missing)[0]} ({len(missing)} are missing); fetch it again"
-        )
+        raise UserError(f"{folder} has no tensor {sorted(missing)[0]} ({len(missing)} are missing); fetch it again")
     for name, buffer in list(base.named_buffers()):
         if buffer.is_meta:
             raise UserError(f"{folder}: {name} is no weight of the checkpoint; load it with transformers")
@@ -96,9 +94,7 @@ def opened(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{file} is not a whole safetensors file ({error}); fetch the checkpoint again"
-        ) from error
+        raise UserError(f"{file} is not a whole safetensors file ({error}); fetch the checkpoint again") from error
 
 
 def place(base: nn.Module, names: list[str], tensor: torch.Tensor, file: Path) -> None:
@@ -109,7 +105,5 @@ def place(base: nn.Module, names: list[str], tensor: torch.Tensor, file: Path) -
         module = base.get_submodule(module_name)
         expected = tuple(getattr(module, leaf).shape)
         if tuple(tensor.shape) != expected:
-            raise UserError(
-                f"{file}: {name} has shape {tuple(tensor.shape)}, config.json says {expected}; fetch the checkpoint again"
-            )
+            raise UserError(f"{file}: {name} has shape {tuple(tensor.shape)}, config.json says {expected}; fetch the checkpoint again")
         module.register_parameter(leaf, parameter)

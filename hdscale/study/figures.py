@@ -131,9 +131,7 @@ def interval(ends: tuple[float | None, float | None]) -> str:
     return f"[{'-∞' if low is None else f'{low:.3g}'}, {'∞' if high is None else f'{high:.3g}'}]"
 
 
-def against_plan(
-    rows: Sequence[Row], measured: str, planned: str, label: str, title: str, group: Callable[[Row], str]
-) -> Picture | None:
+def against_plan(rows: Sequence[Row], measured: str, planned: str, label: str, title: str, group: Callable[[Row], str]) -> Picture | None:
     """A measured quantity against model size, filled, with the plan's prediction, hollow."""
     points = [(row, getattr(row, measured), getattr(row, planned)) for row in rows]
     points = [(row, value, plan) for row, value, plan in points if value and row.parameters > 0]
@@ -149,9 +147,7 @@ def against_plan(
         axes.plot(xs, [value for _, value, _ in own], marker, color=colour, markersize=6, alpha=0.75, linestyle="none")
         planned_points = sorted({(x, plan) for x, (_, _, plan) in zip(xs, own, strict=True) if plan})
         if planned_points:
-            axes.plot(
-                *zip(*planned_points, strict=True), marker, color=colour, markersize=9, markerfacecolor="none", linestyle=":"
-            )
+            axes.plot(*zip(*planned_points, strict=True), marker, color=colour, markersize=9, markerfacecolor="none", linestyle=":")
             ratios += [value / plan for _, value, plan in own if plan]
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -159,14 +159,11 @@ def check_points(x: Sequence[float], y: Sequence[float], form: str) -> tuple[np.
     sizes = len(set(x_array))
     if sizes < sizes_needed(form):
         names = " and ".join(FORMS[form])
-        raise FitRefused(
-            f"too few sizes to fit: {sizes} distinct, and {names} need at least {sizes_needed(form)}; add sizes to the study"
-        )
+        raise FitRefused(f"too few sizes to fit: {sizes} distinct, and {names} need at least {sizes_needed(form)}; add sizes to the study")
     span = x_array.max() / x_array.min()
     if span < SMALLEST_SPAN:
         raise FitRefused(
-            f"sizes too close to fit an exponent: largest over smallest is {span:.2f}, at least "
-            f"{SMALLEST_SPAN:g} is needed; add sizes to the study"
+            f"sizes too close to fit an exponent: largest over smallest is {span:.2f}, at least {SMALLEST_SPAN:g} is needed; add sizes to the study"
         )
     return x_array, y_array
 

@@ -89,9 +89,7 @@ def print_plan(plan: Plan, config: Config) -> None:
     if plan.training_hours is None:
         console.print("a run: its length is unknown before the data are read (train.epochs)")
     else:
-        evaluation = (
-            "unknown (the data are not the paper's)" if plan.evaluation_hours is None else f"{plan.evaluation_hours:.2f} h"
-        )
+        evaluation = "unknown (the data are not the paper's)" if plan.evaluation_hours is None else f"{plan.evaluation_hours:.2f} h"
         console.print(
             f"a run of {plan.steps:,} steps: {plan.training_hours:.2f} h of training, evaluation {evaluation}; "
             f"{plan.gpu_hours:.2f} GPU-hours. Every row counted at its greatest length: padding-free batches take less"

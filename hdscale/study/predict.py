@@ -37,9 +37,7 @@ def predict_run(config: dict[str, Any], results: dict[str, Any]) -> dict[str, fl
         count, sides, heads = counted(whole)
         share = -(-whole.train.global_batch_size // ranks)
         rows = min(whole.train.micro_batch_size or share, share)
-        memory = step_memory(
-            architecture(whole), work_of(whole, rows, "cuda", sides), Sharding(ranks, 2), count.base, count.trainable, heads
-        )
+        memory = step_memory(architecture(whole), work_of(whole, rows, "cuda", sides), Sharding(ranks, 2), count.base, count.trainable, heads)
         found["planned_memory_gb"] = (memory.peak - memory.workspace) / 1e9
     return found
 

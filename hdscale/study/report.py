@@ -120,9 +120,7 @@ def draw(rows: list[Row], runs: dict[str, dict]) -> tuple[list[Picture], list[st
     wanted.append(
         (
             "memory against model size",
-            figures.against_plan(
-                rows, "memory_gb", "planned_memory_gb", "memory of a rank (GB)", "Memory against model size", group(sizes)
-            ),
+            figures.against_plan(rows, "memory_gb", "planned_memory_gb", "memory of a rank (GB)", "Memory against model size", group(sizes)),
         )
     )
     if methods:
@@ -176,9 +174,7 @@ def page_of(
             + f'<p class="quiet"><a href="{picture.name}.png">{picture.name}.png</a></p>'
         )
     if missing:
-        parts.append(
-            f'<p class="quiet">Not drawn, since this study does not vary or record it: {html.escape(", ".join(missing))}.</p>'
-        )
+        parts.append(f'<p class="quiet">Not drawn, since this study does not vary or record it: {html.escape(", ".join(missing))}.</p>')
     parts += ["<h2>Runs</h2>", table_of(found, rows), "</body></html>"]
     return "\n".join(parts) + "\n"
 
@@ -200,10 +196,7 @@ def table_of(found: dict[str, RunStatus], rows: list[Row]) -> str:
             links += f' <a href="{folder}/results.json">results</a> <a href="{folder}/metrics.jsonl">metrics</a>'
             cells = "".join(f'<td class="number">{cell(read(row), form)}</td>' for _, read, form in COLUMNS)
         lines.append(f"<tr><td>{html.escape(name)}</td>{cells}<td>{links}</td></tr>")
-    return (
-        f'<div class="wide"><table><thead><tr><th>run</th>{head}<th>files</th></tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    return f'<div class="wide"><table><thead><tr><th>run</th>{head}<th>files</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def cell(value: float | None, form: str) -> str:

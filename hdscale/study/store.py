@@ -100,9 +100,7 @@ class Store:
             shutil.copyfile(study.file, self.own / "study.yaml")
             write_json(self.record, description(study))
         except OSError as error:
-            raise UserError(
-                f"cannot write to {self.own} ({error.strerror}); set dir in {study.file}, or mend its permissions"
-            ) from error
+            raise UserError(f"cannot write to {self.own} ({error.strerror}); set dir in {study.file}, or mend its permissions") from error
 
     def read(self) -> dict[str, Any]:
         """`study.json`.
@@ -116,9 +114,7 @@ class Store:
                 raise UserError(f"{self.record} has format {tree['format']}, this hdscale reads {FORMAT}")
             return tree
         except FileNotFoundError:
-            raise UserError(
-                f"{self.folder} holds no study ({self.record} is missing); start it with hdscale study FILE"
-            ) from None
+            raise UserError(f"{self.folder} holds no study ({self.record} is missing); start it with hdscale study FILE") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.record} is damaged ({error}); remove it and start the study again: no run is lost") from error
 

@@ -65,15 +65,13 @@ def test_intervals_cover_in_a_few_draws():
     ("form", "offset", "amplitude", "alpha", "sizes", "seeds", "noise"),
     [
         ("power", 0.0, 30.0, 0.1, FIVE_SIZES[:4], 1, 0.02),
-        ("power", 0.0, 30.0, 0.1, FIVE_SIZES, 2, 0.02),
         ("offset", 1.7, 400.0, 0.34, FIVE_SIZES, 1, 0.005),
-        ("offset", 1.7, 400.0, 0.34, FIVE_SIZES, 3, 0.005),
         ("offset", 1.7, 400.0, 0.34, np.geomspace(6e7, 1.1e10, 8), 2, 0.02),
     ],
 )
 def test_intervals_cover_at_their_stated_rate(form, offset, amplitude, alpha, sizes, seeds, noise):
-    trials = 300
-    coverage = measured_coverage(form, offset, amplitude, alpha, sizes, seeds, noise, trials, draws=300)
+    trials = 150
+    coverage = measured_coverage(form, offset, amplitude, alpha, sizes, seeds, noise, trials, draws=200)
     print(form, len(sizes), seeds, noise, coverage)
     slack = 3 * math.sqrt(0.95 * 0.05 / trials)  # three standard errors of a share of 0.95
     for name, share in coverage.items():

@@ -129,7 +129,7 @@ sys.exit(LocalRunner(study, store, 2, lambda text: print(text, flush=True), comm
 """
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_at_any_time_nothing_is_lost(tmp_path, trainer, kill):
     study, store = opened(tmp_path, set={"data": {"tasks": ["quickstart"]}, "train.max_steps": 12})
     environment = {**os.environ, "STEP_SECONDS": "0.15"}

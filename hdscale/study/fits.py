@@ -12,7 +12,7 @@ s = sqrt(RSS / (n - p)) and fitted again, and the statistic that compares a para
 is calibrated on them: an interval holds every θ whose D on the data is at most the bootstrap's quantile. Where the
 data hardly determine a parameter (an offset that they cannot tell from 0) such an interval reaches to the end of the
 range instead of pretending to be symmetric; plain percentile intervals are too short for the handful of sizes of a
-study. Coverage of the 95% intervals and bands over 300 draws each of five designs (4 to 8 sizes, 1 to 3 seeds): 92.7% to 96.7%.
+study. Coverage of the 95% intervals and bands over 300 draws each of five designs (4 to 8 sizes, 1 to 3 seeds): 92.7% to 96.3%.
 """
 
 from __future__ import annotations

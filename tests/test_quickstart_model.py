@@ -105,13 +105,22 @@ def test_the_base_uses_the_source(base, tokenizer):
     assert wrong > right + 1.0
 
 
-def test_pretraining_writes_a_folder_that_loads_and_repeats(tmp_path, capsys):
-    arguments = ["--steps", "3", "--batch-size", "4", "--threads", "1"]
-    for name in ("first", "second"):
-        pretrain.main(["--to", str(tmp_path / name), *arguments])
-    folders = [str(tmp_path / name) for name in ("first", "second")]
-    first, second = (load_base(ModelSettings(name=folder), torch.float32) for folder in folders)
-    assert first.lm_head.weight.data_ptr() != first.shared.weight.data_ptr()
+def test_pretraining_is_rerunnable(tokenizer):
+    settings = dict(steps=3, batch_size=4, learning_rate=3e-3, seed=5)
+    (first, losses), (second, again) = (pretrain.pretrain(tokenizer, **settings) for _ in range(2))
+    assert losses == again and list(losses) == [1, 2, 3]
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, second.state_dict()[name]), name
+
+
+def test_pretraining_writes_a_folder_that_loads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "train_tokenizer", lambda seed: train_tokenizer(seed, paragraphs=500))
+    monkeypatch.setattr(pretrain, "HELD_OUT", 50)
+    pretrain.main(["--to", str(tmp_path), "--steps", "2", "--batch-size", "4", "--threads", "1"])
+    record = json.loads((tmp_path / "pretraining.json").read_text())
+    model = load_base(ModelSettings(name=str(tmp_path)), torch.float32)
+    assert model.lm_head.weight.data_ptr() != model.shared.weight.data_ptr()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == record["vocabulary"] == model.config.vocab_size
+    assert pretrain.corruption_loss(model, tokenizer, 50) == pytest.approx(record["held_out_loss"], abs=1e-3)
     assert "held_out_loss" in capsys.readouterr().out

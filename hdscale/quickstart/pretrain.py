@@ -34,6 +34,9 @@ NOISE_DENSITY = 0.2
 MEAN_SPAN = 2.0
 """Mean length of a hidden span in tokens (T5: 3)."""
 
+HELD_OUT = 1000
+"""Paragraphs of the held-out sample."""
+
 Pair = tuple[list[int], list[int]]
 
 
@@ -103,9 +106,7 @@ def pairs(tokenizer: PreTrainedTokenizerBase, seed: int | str) -> Iterator[Pair]
             yield corrupt(ids, first_sentinel, rng)
 
 
-def batches(
-    stream: Iterator[Pair], size: int, rng: random.Random, pool: int = 16
-) -> Iterator[dict[str, torch.Tensor]]:
+def batches(stream: Iterator[Pair], size: int, rng: random.Random, pool: int = 16) -> Iterator[dict[str, torch.Tensor]]:
     """Padded batches of similar length: the rows of `pool` batches, sorted, cut and shuffled."""
     while True:
         rows = sorted(islice(stream, size * pool), key=lambda pair: (len(pair[0]), len(pair[1])))
@@ -129,9 +130,7 @@ def padded(rows: list[Pair]) -> dict[str, torch.Tensor]:
     }
 
 
-def corruption_loss(
-    model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, paragraphs: int = 1000
-) -> float:
+def corruption_loss(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, paragraphs: int) -> float:
     """Mean cross-entropy (nats a target token) on paragraphs of a seed that is never trained on."""
     rows = list(islice(pairs(tokenizer, "held out"), paragraphs))
     total, tokens = 0.0, 0
@@ -193,9 +192,7 @@ def pretrain(
     model = fresh_model(len(tokenizer), seed)
     trainers = optimizers(model, learning_rate)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            trainer, lambda step: min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps)))
-        )
+        torch.optim.lr_scheduler.LambdaLR(trainer, lambda step: min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))))
         for trainer in trainers
     ]
     stream = batches(pairs(tokenizer, seed), batch_size, random.Random(f"hdscale batches {seed}"))
@@ -246,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer.save_pretrained(args.to)
     model.save_pretrained(args.to)
     record = {
-        "held_out_loss": round(corruption_loss(model.float(), tokenizer), 4),
+        "held_out_loss": round(corruption_loss(model.float(), tokenizer, HELD_OUT), 4),
         "uniform_loss": round(math.log(len(tokenizer)), 4),
         "losses": losses,
         "parameters": sum(p.numel() for p in model.parameters()),

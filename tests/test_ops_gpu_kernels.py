@@ -147,3 +147,16 @@ def test_capture_into_a_cuda_graph():
         captured = torch.ops.hdscale.generated_adapter(*arguments)[0]
     graph.replay()
     assert torch.equal(captured, expected)
+
+
+def test_shapes_beyond_the_kernels_fall_back():
+    """K or N over what the CUDA kernels take: the plain path, not an error in the middle of a step."""
+    from hdscale.ops.backend import CUDA_MOST_CODE, CUDA_MOST_LAYERS, _fits
+
+    def tensors(k: int, layers: int | None = None):
+        code = torch.empty((2, k) if layers is None else (layers, 2, k), dtype=torch.bfloat16, device="meta")
+        heads = [torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((8, k), (8,)) * 4]
+        return (code, *heads)
+
+    assert _fits("cuda", tensors(CUDA_MOST_CODE)) and _fits("cuda", tensors(8, CUDA_MOST_LAYERS))
+    assert not _fits("cuda", tensors(CUDA_MOST_CODE + 1)) and not _fits("cuda", tensors(8, CUDA_MOST_LAYERS + 1))

@@ -112,6 +112,10 @@ def resolve_backend(wanted: str, *tensors: Tensor) -> str:
     return wanted if _fits(wanted, tensors) else "torch"
 
 
+CUDA_MOST_CODE, CUDA_MOST_LAYERS = 512, 64
+"""What the CUDA kernels take (`csrc/gpu_tiles.h`, `csrc/gpu_launch.h`): K, and layers whose gradient is formed together."""
+
+
 def few_tokens(length: int, d_model: int, dim: int) -> bool:
     """Whether T tokens' activations are smaller than the weights generated for them: T (D + A) <= D A.
 
@@ -125,4 +129,7 @@ def few_tokens(length: int, d_model: int, dim: int) -> bool:
 def _fits(backend: str, tensors: tuple[Tensor, ...]) -> bool:
     first = tensors[0]
     same = all(tensor.dtype == first.dtype and tensor.device == first.device for tensor in tensors)
+    if backend == "cuda":
+        code = tensors[-9]  # before the eight tensors of the heads
+        same &= code.shape[-1] <= CUDA_MOST_CODE and (code.dim() < 3 or code.shape[0] <= CUDA_MOST_LAYERS)
     return same and first.dtype in _DTYPES[backend]

@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import math
-import time
 from typing import Any
 
 import torch
@@ -27,7 +26,8 @@ import torch
 from hdscale.cluster.environment import read_environment, set_interface
 from hdscale.cluster.rendezvous import RendezvousError
 from hdscale.config import Config, load_config, model_config, to_dict
-from hdscale.data.batches import Row, collate
+from hdscale.data.batches import Row
+from hdscale.data.feed import Feed
 from hdscale.data.micro_batches import deal
 from hdscale.data.mixture import Mixture
 from hdscale.data.sources import check_splits
@@ -40,6 +40,9 @@ from hdscale.engine.distributed import Ranks
 from hdscale.engine.preemption import Preemption
 from hdscale.engine.progress import RunLog
 from hdscale.engine.run_folder import RunFolder
+from hdscale.engine.settled import Settled
+from hdscale.engine.steps import Steps
+from hdscale.engine.token_budget import AUTO, find_token_budget, parse_token_budget
 from hdscale.errors import EXIT_BROKEN, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, report
 from hdscale.evaluation.averages import check_select, task_score
 from hdscale.evaluation.decode import EvaluationStopped
@@ -47,8 +50,10 @@ from hdscale.evaluation.evaluate import Evaluation, evaluate_tasks
 from hdscale.evaluation.metrics import check_metrics
 from hdscale.modeling.base import base_config, tokenizer_name
 from hdscale.modeling.export import read_trainables
+from hdscale.modeling.hypernetwork import GeneratedAdapterHeads
 from hdscale.modeling.methods import method_class
-from hdscale.modeling.model import build_model
+from hdscale.modeling.model import AdaptedModel, build_model
+from hdscale.ops.backend import availability
 from hdscale.results import final_results, print_results
 
 
@@ -123,6 +128,18 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         engine = build_engine(model, config, ranks)
         log.info(engine_line(engine, config))
 
+        # ---- what is found out once and kept with the run
+        settled = Settled(folder.settled, ranks)
+        keep_backend(model, settled, log)
+        budget = parse_token_budget(config.train.tokens_per_micro_batch, engine.stage)
+        if budget == AUTO:
+            longest = (config.data.max_source_length, config.data.max_target_length)
+            sample = mixture.rows(0, config.train.global_batch_size)
+            budget = settled.once(
+                "tokens_per_micro_batch",
+                lambda: find_token_budget(engine, sample, tokenizer.pad_token_id, config.train, longest, log),
+            )
+
         # ---- the checkpoint to go on from
         progress = Progress()
         if continued and (state := load_newest_checkpoint(engine, folder.checkpoints, log)):
@@ -130,25 +147,38 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         log.start(engine.step, config.train.max_steps)
 
         # ---- the loop: evaluate when due, save when due or asked to stop, else one more step
-        pad_id = tokenizer.pad_token_id
-        while True:
-            step = engine.step
-            if evaluation_due(config, step) and progress.evaluated < step:
-                try:
-                    evaluate_and_keep_best(engine, tokenizer, trained, task_ids, config, folder, log, progress, preemption)
-                except EvaluationStopped:
+        def micro_batches(rows: list[Row]) -> list[list[Row]]:
+            limit, ordered = config.train.micro_batch_size, config.train.sort_by_length
+            return deal(rows, ranks.world_size, limit, ordered, budget)[ranks.rank]
+
+        with Feed(
+            lambda step: mixture.rows(step, config.train.global_batch_size),
+            micro_batches,
+            tokenizer.pad_token_id,
+            engine.step,
+            config.train.max_steps,
+            pin=ranks.device.type == "cuda",
+        ) as feed:
+            steps = Steps(engine, feed, log, progress)
+            while True:
+                step = engine.step
+                if evaluation_due(config, step) and progress.evaluated < step:
+                    steps.finish()
+                    try:
+                        evaluate_and_keep_best(engine, tokenizer, trained, task_ids, config, folder, log, progress, preemption)
+                    except EvaluationStopped:
+                        save_state(engine, folder, config, progress, log)
+                        return preempted(log, step)
+                stop = preemption.agreed()
+                last = step == config.train.max_steps
+                if step > 0 and (stop or last or step % config.train.checkpoint_every == 0):
+                    steps.finish()
                     save_state(engine, folder, config, progress, log)
+                if stop:
                     return preempted(log, step)
-            stop = preemption.agreed()
-            last = step == config.train.max_steps
-            if step > 0 and (stop or last or step % config.train.checkpoint_every == 0):
-                save_state(engine, folder, config, progress, log)
-            if stop:
-                return preempted(log, step)
-            if last:
-                break
-            rows = mixture.rows(step, config.train.global_batch_size)
-            train_one_step(engine, rows, pad_id, config, log, progress)
+                if last:
+                    break
+                steps.take()
 
         # ---- the best model's test, its export, the results
         log.info("test" if config.eval.test else "no test (eval.test=false)")
@@ -176,7 +206,8 @@ def check(config: Config, world_size: int) -> list[Task]:
     model = model_config(config)
     method_class(model.method).check(model)
     base_config(model.model)
-    resolve_deepspeed_config(config.deepspeed, config.train, world_size)
+    resolved = resolve_deepspeed_config(config.deepspeed, config.train, world_size)
+    parse_token_budget(config.train.tokens_per_micro_batch, resolved["zero_optimization"]["stage"])
     for key in ("checkpoint_every", "keep_checkpoints", "log_every"):
         if getattr(config.train, key) < 1:
             raise UserError(f"train.{key}={getattr(config.train, key)} must be at least 1")
@@ -189,23 +220,24 @@ def engine_line(engine: Engine, config: Config) -> str:
     return (
         f"{config.method.name} on {config.model.name}: {trainable:,} trainable parameters, ZeRO stage {engine.stage}, "
         f"{config.train.dtype}, {engine.ranks.world_size} ranks on {engine.ranks.device.type}, "
-        f"{engine.ranks.threads} threads each, adapter backend {config.method.backend}"
+        f"{engine.ranks.threads} threads each"
     )
 
 
-def train_one_step(
-    engine: Engine, rows: list[Row], pad_id: int, config: Config, log: RunLog, progress: Progress
-) -> None:
-    """One optimizer step over a global batch, and its line in the log."""
-    start = time.monotonic()
-    ranks = engine.ranks
-    mine = deal(rows, ranks.world_size, config.train.micro_batch_size, config.train.sort_by_length)[ranks.rank]
-    micro_batches = [collate(part, pad_id) for part in mine]
-    result = engine.train_step(micro_batches, [row for part in mine for row in part])
-    progress.seconds += time.monotonic() - start
-    progress.samples += len(rows)
-    progress.tokens += sum(len(row.input_ids) + len(row.labels) for row in rows)
-    log.step(result, samples=progress.samples, tokens=progress.tokens, seconds=progress.seconds)
+def keep_backend(model: AdaptedModel, settled: Settled, log: RunLog) -> None:
+    """`method.backend=auto` is decided by the run's first session: another implementation has other bits."""
+    generators = [module for module in model.modules() if isinstance(module, GeneratedAdapterHeads) and module.backend == "auto"]
+    if not generators:
+        return
+    device = next(model.parameters()).device.type
+    kernels = {"cpu": "cpp", "cuda": "cuda"}.get(device, "torch")
+    kept = settled.once("backend", lambda: kernels if availability(kernels).usable else "torch")
+    log.info(f"generated adapters are computed by: {kept}")
+    if kept == "torch":
+        for module in generators:
+            module.backend = kept
+    elif kept != kernels or not availability(kernels).usable:
+        log.warning(f"the run began with the {kept} kernels, which are not to be had here: losses will differ in their last bits")
 
 
 def evaluation_due(config: Config, step: int) -> bool:

@@ -32,7 +32,7 @@ def main() -> int:
         load_newest_checkpoint(engine, folder, log)
         log.start(engine.step, config.train.max_steps)
         while not preemption.agreed():
-            result = engine.train_step(micro_batches(engine.step, ranks.rank, ranks.world_size, BATCH))
+            result = engine.train_step(micro_batches(engine.step, ranks.rank, ranks.world_size, BATCH)).result()
             log.step(result, samples=engine.step, tokens=engine.step, seconds=float(engine.step))
             time.sleep(0.02)
         save_checkpoint(engine, folder, {})

@@ -26,7 +26,7 @@ def steps(engine: Engine, batches: list[dict[str, torch.Tensor]], until: int) ->
     while engine.step < until:
         batch = batches[engine.step % len(batches)]
         micro = [{name: tensor[part] for name, tensor in batch.items()} for part in (slice(0, 2), slice(2, 4))]
-        losses.append(engine.train_step(micro).loss)
+        losses.append(engine.train_step(micro).result().loss)
     return losses
 
 

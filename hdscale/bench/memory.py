@@ -104,7 +104,7 @@ def measured(case: Case, ranks: Ranks) -> int:
                 torch.cuda.reset_peak_memory_stats()
             with mark(f"step {step}"):
                 pass
-            engine.train_step([batch])
+            engine.train_step([batch]).result()
         if on_gpu:
             peaks.append(torch.cuda.max_memory_allocated())
         with mark("end"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -44,6 +45,51 @@ class StepResult:
     target_tokens: int
     grad_norm: float
     learning_rate: float
+
+
+class PendingStep:
+    """A step that is handed out; its numbers come with `result()`, best asked for when the next step is under way.
+
+    Args:
+        step: its number, counted from 1.
+        numbers: float64 [3] on the device: loss, target tokens, gradient norm.
+        learning_rate: of the step.
+        skipped: whether DeepSpeed has left the weights as they were for a non-finite gradient.
+        failure: makes the error; collective.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        numbers: torch.Tensor,
+        learning_rate: float,
+        skipped: bool,
+        failure: Callable[[str], NonFiniteError],
+    ) -> None:
+        self._step, self._learning_rate, self._skipped, self._failure = step, learning_rate, skipped, failure
+        self._numbers, self._ready = numbers, None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def result(self) -> StepResult:
+        """The step's numbers, once the device has computed them.
+
+        Raises:
+            NonFiniteError: on every rank, if the loss or the gradient was not finite. The update may have been made with
+                it: neither save the engine nor train on.
+        """
+        if self._ready is not None:
+            self._ready.synchronize()
+        loss, tokens, norm = self._numbers.tolist()
+        if not math.isfinite(loss):
+            raise self._failure(f"the loss is {loss}")
+        # DeepSpeed reports a norm that is not finite as infinite or as -1
+        if self._skipped or not math.isfinite(norm) or norm < 0:
+            raise self._failure("the gradient is not finite")
+        return StepResult(self._step, loss, int(tokens), norm, self._learning_rate)
 
 
 def build_engine(model: nn.Module, config: Any, ranks: Ranks) -> Engine:
@@ -89,23 +135,24 @@ class Engine:
             )
         self.module: nn.Module = self._deepspeed.module
         self.stage: int = self._deepspeed.zero_optimization_stage()
+        zero.stop_waiting(self._deepspeed.optimizer)
         if exact:
             self.load_trainables(exact)
 
-    def train_step(self, micro_batches: Sequence[Batch], rows: Sequence[Any] = ()) -> StepResult:
+    def train_step(self, micro_batches: Sequence[Batch], rows: Sequence[Any] = ()) -> PendingStep:
         """One optimizer step over this rank's share of a global batch.
 
         The loss is the mean over the global batch's target tokens (labels other than -100): counted over all ranks
         and micro-batches first, so that the gradient does not depend on how the batch was cut. Dropout is seeded by
         (seed, step, rank, micro-batch), so that a resumed run draws the same masks.
 
+        On a GPU this call only hands out work (ZeRO-2 in bf16): the host goes on to the next step while the device
+        computes, and reads the step's numbers when `result()` is asked for.
+
         Args:
             micro_batches: the same number on every rank (ZeRO reduces gradients at each backward pass): see
-                `pad_micro_batches`. Tensors may lie on the CPU.
+                `hdscale.data.micro_batches.deal`. Tensors may lie on the CPU (pinned, nothing waits for their copy).
             rows: the rows of these micro-batches (with `task` and `id`), named if the step fails.
-
-        Raises:
-            NonFiniteError: on every rank, if the loss or the gradient is not finite. The weights are as before.
         """
         ranks, step = self.ranks, self.step
         rate = self._set_learning_rate(learning_rate_factor(step, self.train.warmup_steps, self.train.max_steps))
@@ -127,17 +174,15 @@ class Engine:
             self._deepspeed.backward(loss_sum.float() * scale, scale_wrt_gas=False)
         ranks.sum_(total)
         loss = (total / tokens.clamp(min=1)) if self.train.loss_reduction == "mean" else total
-        loss_value = loss.item()
-        if not numpy.isfinite(loss_value):
-            raise self._failure(f"the loss is {loss_value}", rows)
         self._deepspeed.step()
-        # DeepSpeed skips an update with a non-finite gradient and says nothing
-        if getattr(self._deepspeed.optimizer, "overflow", False):
-            raise self._failure("the gradient is not finite", rows)
-        if step == 0:
+        # DeepSpeed may skip an update with a non-finite gradient, and says nothing
+        skipped = bool(getattr(self._deepspeed.optimizer, "overflow", False))
+        if step == 0 and not skipped:
             zero.link_states(self._deepspeed.optimizer)
         self.step = step + 1
-        return StepResult(self.step, loss_value, int(tokens.item()), float(self._deepspeed.get_global_grad_norm()), rate)
+        norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float64, device=ranks.device)
+        numbers = torch.stack([loss.double(), tokens.double(), norm])
+        return PendingStep(self.step, numbers, rate, skipped, lambda what: self._failure(step, what, rows))
 
     def _set_learning_rate(self, factor: float) -> float:
         groups = self._deepspeed.optimizer.param_groups
@@ -145,11 +190,11 @@ class Engine:
             group["lr"] = group["peak_lr"] * factor
         return groups[0]["lr"]
 
-    def _failure(self, what: str, rows: Sequence[Any]) -> NonFiniteError:
+    def _failure(self, step: int, what: str, rows: Sequence[Any]) -> NonFiniteError:
         """The error that names the step and, gathered from all ranks, the batch's tasks and ids."""
         named = [(row.task, str(row.id)) for row in rows]
         everyone = [pair for part in self.ranks.gather_objects(named) for pair in part]
-        message = f"step {self.step + 1}: {what}"
+        message = f"step {step + 1}: {what}"
         if everyone:
             ids = [identity for _, identity in everyone]
             more = f" and {len(ids) - IDS_SHOWN} more" if len(ids) > IDS_SHOWN else ""
@@ -208,16 +253,6 @@ def exact_masters(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Ten
     if any(parameter.dtype != torch.float32 for parameter in parameters.values()):
         return {}
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
-
-
-def pad_micro_batches(micro_batches: Sequence[Batch], count: int) -> list[Batch]:
-    """The micro-batches, and so many of zero weight after them that there are `count`.
-
-    A padding micro-batch is one row of the first with all labels -100: it has no target tokens, so no loss.
-    """
-    padding = {name: tensor[:1].clone() for name, tensor in micro_batches[0].items()}
-    padding["labels"].fill_(-100)
-    return [*micro_batches, *([padding] * (count - len(micro_batches)))]
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:

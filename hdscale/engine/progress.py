@@ -60,7 +60,7 @@ class RunLog:
         self._bars: Progress | None = None
         self._bar: TaskID | None = None
         self._max_steps = 0
-        self._window: tuple[int, float, int, int] | None = None
+        self._window: tuple[int, float, int, int, float] | None = None
         self._writers: list[Callable[[Mapping[str, Any]], None]] = []
         self._closers: list[Callable[[], None]] = []
         for wanted, package, key in (
@@ -114,21 +114,25 @@ class RunLog:
             self._bars.start()
             self._bar = self._bars.add_task("train", total=max_steps, completed=step, news="")
 
-    def step(self, result: StepResult, *, samples: int, tokens: int, seconds: float) -> None:
+    def step(
+        self, result: StepResult, *, samples: int, tokens: int, seconds: float, waited: float = 0.0, padding: float = 0.0
+    ) -> None:
         """A training step is done.
 
         Args:
             samples, tokens, seconds: of training so far, over all sessions of the run (evaluation not counted).
+            waited: seconds of this session in which training waited for data.
+            padding: share of padding among the tokens that this rank computed in this step.
         """
         if not self._active:
             return
         if self._window is None:
             # the first step of a session is warm-up: rates are measured from its end
-            self._window = (result.step, seconds, samples, tokens)
+            self._window = (result.step, seconds, samples, tokens, waited)
         due = result.step % self._config.train.log_every == 0 or result.step in (1, self._max_steps)
         if not due and self._bars is None:
             return
-        since_step, since_seconds, since_samples, since_tokens = self._window
+        since_step, since_seconds, since_samples, since_tokens, since_waited = self._window
         elapsed = seconds - since_seconds
         rates = {
             "samples_per_second": (samples - since_samples) / elapsed if elapsed > 0 else None,
@@ -153,6 +157,8 @@ class RunLog:
             "tokens": tokens,
             "seconds": round(seconds, 3),
             **{name: None if rate is None else round(rate, 3) for name, rate in rates.items()},
+            "data_wait": round((waited - since_waited) / elapsed, 4) if elapsed > 0 else None,
+            "padding": round(padding, 4),
             "memory_gb": round(memory, 4),
         }
         self._metrics(line, "")
@@ -160,7 +166,7 @@ class RunLog:
         self._write("train.log", stamped(text))
         if self._bars is None:
             self._say(text)
-        self._window = (result.step, seconds, samples, tokens)
+        self._window = (result.step, seconds, samples, tokens, waited)
 
     def evaluating(self, split: str) -> Callable[[str, int, int], None]:
         """A callback `(task name, rows done, rows)` that shows how far an evaluation is."""

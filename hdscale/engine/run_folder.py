@@ -34,7 +34,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        checkpoints, best, adapter, predictions: its parts.
+        checkpoints, best, adapter, predictions, config, results, settled: its parts.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -45,6 +45,7 @@ class RunFolder:
         self.predictions = self.path / "predictions"
         self.config = self.path / "config.yaml"
         self.results = self.path / "results.json"
+        self.settled = self.path / "settled.json"
         self._lock: Any = None
 
     def open(self, config: dict[str, Any], fresh: bool) -> bool:

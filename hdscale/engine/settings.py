@@ -14,6 +14,11 @@ class TrainSettings:
     epochs: Optional[float] = setting(None, "epochs over the mixture, in place of max_steps")
     global_batch_size: int = setting(128, "instances of one step, whatever the number of ranks")
     micro_batch_size: Optional[int] = setting(None, "instances of one forward pass of a rank; default: all of the rank's")
+    tokens_per_micro_batch: Optional[str] = setting(
+        None,
+        "most source and target tokens of one forward pass, padding included: a number, or auto (tried once, then kept "
+        "with the run); null: as many rows in each",
+    )
     sort_by_length: bool = setting(True, "micro-batches of rows of like length: the same gradient, less padding")
     learning_rate: float = setting(3e-4, "peak learning rate of AdamW")
     warmup_steps: int = setting(500, "linear warm-up; then linear decay to 0 at max_steps")

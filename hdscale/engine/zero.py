@@ -95,6 +95,42 @@ def link_states(optimizer: Any) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
+def stop_waiting(optimizer: Any) -> None:
+    """Let an update of ZeRO-2 in bf16 wait for nothing that the device has yet to compute.
+
+    DeepSpeed 0.19 reads the gradient on the host three times an update: to look for an overflow, to mask the norm, and to
+    clip by it. Here the norm stays on the device, as the factor that clips does, and whoever reads the norm sees that it
+    is not finite. Other stages, offload and fp32 keep DeepSpeed's own way.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload or optimizer.dtype != torch.bfloat16:
+        return
+
+    def norm(norm_type: int = 2) -> torch.Tensor:
+        """Norm of the whole gradient, a device scalar. Collective."""
+        squares = [
+            torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+            for group in range(len(optimizer.bit16_groups))
+            for gradient in optimizer.averaged_gradients[group]
+            if not getattr(gradient, "_zero_padding", False)
+        ]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), device=optimizer.device)
+        torch.distributed.all_reduce(total, group=optimizer.dp_process_group)
+        return total.sqrt()
+
+    def clip(gradients: list[torch.Tensor], total_norm: torch.Tensor) -> None:
+        """Scale the gradients so that their norm is at most `gradient_clipping` (0: any)."""
+        if optimizer.clip_grad > 0.0:
+            factor = 1.0 / torch.clamp((total_norm + 1e-6) / optimizer.clip_grad, min=1.0)
+            for gradient in gradients:
+                gradient.mul_(factor)
+
+    optimizer.check_grad_overflow = False
+    optimizer.scaled_global_norm = norm
+    optimizer.unscale_and_clip_grads = clip
+
+
 def masters_to_weights(engine: Any, parameters: Iterable[nn.Parameter]) -> None:
     """Round the masters into the weights that the forward pass uses. Collective."""
     if engine.zero_optimization_stage() < 3:

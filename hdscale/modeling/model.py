@@ -75,8 +75,14 @@ class AdaptedModel(nn.Module):
         hidden = self.method.encode(run, attention_mask, task_ids)
         return Encoded(hidden, self.method.decoder_adaptation(hidden, attention_mask, task_ids))
 
-    def decode(self, encoded: Encoded, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, encoded: Encoded, attention_mask: Tensor, labels: Tensor, target_positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits at the label positions only.
+
+        Args:
+            target_positions: [M], where the labels that are not padding stand among the B * T (`collate` knows it);
+                default: looked up, for which a GPU's host has to wait.
 
         Returns:
             logits [M, V] and labels [M] of the M positions that are not padding, row by row.
@@ -92,29 +98,37 @@ class AdaptedModel(nn.Module):
             use_cache=False,
             adaptation=adaptation,
         ).last_hidden_state
-        kept = labels != IGNORED
-        hidden = hidden[kept]
+        if target_positions is None:
+            target_positions = (labels.flatten() != IGNORED).nonzero().squeeze(1)
+        hidden = hidden.flatten(0, 1).index_select(0, target_positions)
         if scales_output(self.base.config):
             hidden = hidden * self.base.config.d_model**-0.5
-        return self.base.lm_head(hidden), labels[kept]
+        return self.base.lm_head(hidden), labels.flatten().index_select(0, target_positions)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, task_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        task_ids: Tensor | None = None,
+        target_positions: Tensor | None = None,
     ) -> ModelOutput:
         """The training pass: cross-entropy summed over target tokens (Section 2.4), in float32.
 
         Args:
             input_ids: [B, S]. attention_mask: [B, S]. labels: [B, T], -100 for padding. task_ids: [B].
+            target_positions: [M], see `decode`.
         """
         encoded = self.encode(input_ids, attention_mask, task_ids)
-        logits, targets = self.decode(encoded, attention_mask, labels)
+        logits, targets = self.decode(encoded, attention_mask, labels, target_positions)
         loss_sum = F.cross_entropy(
             logits.float() if logits.dtype != torch.float64 else logits,
             targets,
             reduction="sum",
             label_smoothing=self.label_smoothing,
         )
-        return ModelOutput(loss_sum, torch.tensor(targets.shape[0], device=targets.device))
+        # filled on the device: copying a number there would wait for it
+        return ModelOutput(loss_sum, torch.full((), targets.shape[0], dtype=torch.int64, device=targets.device))
 
     @torch.no_grad()
     def log_likelihood(

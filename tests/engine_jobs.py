@@ -15,6 +15,7 @@ from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
 from hdscale.engine.deepspeed_engine import Engine, NonFiniteError, build_engine
 from hdscale.engine.distributed import Ranks
 from hdscale.engine.preemption import Preemption
+from hdscale.engine.settled import Settled
 from hdscale.errors import UserError
 from tests.toy import BATCH, Row, ToyModel, micro_batches, settings
 
@@ -321,3 +322,10 @@ def text_batches(step: int, ranks: Ranks) -> list[dict[str, torch.Tensor]]:
             }
         )
     return batches
+
+
+def settle(ranks: Ranks, path: str) -> dict[str, Any]:
+    """Each rank finds its own number."""
+    settled = Settled(Path(path), ranks)
+    first = settled.once("number", lambda: ranks.rank)
+    return {"first": first, "again": settled.once("number", lambda: 5), "other": settled.once("other", lambda: "both")}

@@ -159,3 +159,22 @@ def test_per_task_selection_tests_each_task_with_its_own_best(rank_pool, setting
     assert set(results["best"]) == set(results["tasks"]) == {"cola", "rte"}
     kept = {int(path.name.removeprefix("step_")) for path in (tmp_path / "run" / "best").iterdir()}
     assert kept == {int(best["step"]) for best in results["best"].values()}
+
+
+@needs_real_text
+def test_a_token_budget_found_once_is_the_runs_own(rank_pool, settings, tmp_path) -> None:
+    """Found by the first session, kept by the next one, and the same run as with that number written down."""
+    quick = ["eval.test=false", "eval.every=0", "eval.select=last", "train.micro_batch_size=null", "train.max_steps=6"]
+    overrides = in_folder(settings, tmp_path, *quick, "train.tokens_per_micro_batch=auto")
+    rank_pool(2).run(JOB, {"overrides": overrides, "kill_at": 4}, may_die=True)
+    settled = json.loads((tmp_path / "run" / "settled.json").read_text())
+    assert settled["tokens_per_micro_batch"] >= 512
+    assert rank_pool(2).run(JOB, {"overrides": overrides})[0]["code"] == 0
+    assert json.loads((tmp_path / "run" / "settled.json").read_text()) == settled
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("kept for this run") == 1
+
+    other = tmp_path / "written"
+    written = in_folder(settings, other, *quick, f"train.tokens_per_micro_batch={settled['tokens_per_micro_batch']}")
+    assert rank_pool(2).run(JOB, {"overrides": written})[0]["code"] == 0
+    assert losses(other / "run") == losses(tmp_path / "run")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
+from typing import Protocol
 
 from hdscale.data.feed import Feed
 from hdscale.engine.deepspeed_engine import Engine, PendingStep

@@ -26,7 +26,7 @@ import torch
 from hdscale.cluster.environment import read_environment, set_interface
 from hdscale.cluster.rendezvous import RendezvousError
 from hdscale.config import Config, load_config, model_config, to_dict
-from hdscale.data.batches import Row
+from hdscale.data.batches import Row, collate
 from hdscale.data.feed import Feed
 from hdscale.data.micro_batches import deal
 from hdscale.data.mixture import Mixture
@@ -34,15 +34,17 @@ from hdscale.data.sources import check_splits
 from hdscale.data.tasks import Task, expand_tasks
 from hdscale.data.tokenize import load_tokenizer, tokenized_split
 from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
+from hdscale.engine.compilation import compile_for_training, parse_compile
 from hdscale.engine.deepspeed_config import resolve_deepspeed_config
 from hdscale.engine.deepspeed_engine import Engine, build_engine
 from hdscale.engine.distributed import Ranks
 from hdscale.engine.preemption import Preemption
 from hdscale.engine.progress import RunLog
 from hdscale.engine.run_folder import RunFolder
+from hdscale.engine.settings import TrainSettings
 from hdscale.engine.settled import Settled
 from hdscale.engine.steps import Steps
-from hdscale.engine.token_budget import AUTO, find_token_budget, parse_token_budget
+from hdscale.engine.token_budget import AUTO, SMALLEST, find_token_budget, parse_token_budget
 from hdscale.errors import EXIT_BROKEN, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, report
 from hdscale.evaluation.averages import check_select, task_score
 from hdscale.evaluation.decode import EvaluationStopped
@@ -132,12 +134,14 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         settled = Settled(folder.settled, ranks)
         keep_backend(model, settled, log)
         budget = parse_token_budget(config.train.tokens_per_micro_batch, engine.stage)
+        pad_id = tokenizer.pad_token_id
+        sample = mixture.rows(0, config.train.global_batch_size)
+        passes = micro_batches_of(sample, ranks, config.train, SMALLEST if budget == AUTO else budget)
+        compile_for_training(engine, config.train.compile, [collate(rows, pad_id) for rows in passes], settled, log)
         if budget == AUTO:
             longest = (config.data.max_source_length, config.data.max_target_length)
-            sample = mixture.rows(0, config.train.global_batch_size)
             budget = settled.once(
-                "tokens_per_micro_batch",
-                lambda: find_token_budget(engine, sample, tokenizer.pad_token_id, config.train, longest, log),
+                "tokens_per_micro_batch", lambda: find_token_budget(engine, sample, pad_id, config.train, longest, log)
             )
 
         # ---- the checkpoint to go on from
@@ -147,14 +151,10 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         log.start(engine.step, config.train.max_steps)
 
         # ---- the loop: evaluate when due, save when due or asked to stop, else one more step
-        def micro_batches(rows: list[Row]) -> list[list[Row]]:
-            limit, ordered = config.train.micro_batch_size, config.train.sort_by_length
-            return deal(rows, ranks.world_size, limit, ordered, budget)[ranks.rank]
-
         with Feed(
             lambda step: mixture.rows(step, config.train.global_batch_size),
-            micro_batches,
-            tokenizer.pad_token_id,
+            lambda rows: micro_batches_of(rows, ranks, config.train, budget),
+            pad_id,
             engine.step,
             config.train.max_steps,
             pin=ranks.device.type == "cuda",
@@ -207,7 +207,9 @@ def check(config: Config, world_size: int) -> list[Task]:
     method_class(model.method).check(model)
     base_config(model.model)
     resolved = resolve_deepspeed_config(config.deepspeed, config.train, world_size)
-    parse_token_budget(config.train.tokens_per_micro_batch, resolved["zero_optimization"]["stage"])
+    stage = resolved["zero_optimization"]["stage"]
+    parse_token_budget(config.train.tokens_per_micro_batch, stage)
+    parse_compile(config.train.compile, stage)
     for key in ("checkpoint_every", "keep_checkpoints", "log_every"):
         if getattr(config.train, key) < 1:
             raise UserError(f"train.{key}={getattr(config.train, key)} must be at least 1")
@@ -222,6 +224,11 @@ def engine_line(engine: Engine, config: Config) -> str:
         f"{config.train.dtype}, {engine.ranks.world_size} ranks on {engine.ranks.device.type}, "
         f"{engine.ranks.threads} threads each"
     )
+
+
+def micro_batches_of(rows: list[Row], ranks: Ranks, train: TrainSettings, budget: int | None) -> list[list[Row]]:
+    """This rank's micro-batches of a global batch."""
+    return deal(rows, ranks.world_size, train.micro_batch_size, train.sort_by_length, budget)[ranks.rank]
 
 
 def keep_backend(model: AdaptedModel, settled: Settled, log: RunLog) -> None:

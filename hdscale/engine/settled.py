@@ -19,27 +19,30 @@ class Settled:
     Args:
         path: the file. ranks: every rank reads what rank 0 does.
 
+    Attributes:
+        values: what is kept.
+
     Raises:
         UserError: if the file cannot be read.
     """
 
     def __init__(self, path: Path, ranks: Ranks) -> None:
         self._path, self._ranks = path, ranks
-        self._values: dict[str, Any] = ranks.on_main(read, path)
+        self.values: dict[str, Any] = ranks.on_main(read, path)
 
     def once(self, key: str, find: Callable[[], Any]) -> Any:
         """The value kept under `key`; at the first time what `find` returns. Collective.
 
         `find` is called on every rank; rank 0's result is everybody's.
         """
-        if key not in self._values:
-            self._values[key] = self._ranks.broadcast_object(find())
+        if key not in self.values:
+            self.values[key] = self._ranks.broadcast_object(find())
             self._ranks.on_main(self._write)
-        return self._values[key]
+        return self.values[key]
 
     def _write(self) -> None:
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._values, indent=1) + "\n")
+        temporary.write_text(json.dumps(self.values, indent=1) + "\n")
         temporary.replace(self._path)
 
 

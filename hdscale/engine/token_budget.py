@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 
 from hdscale.data.batches import Row, collate
 from hdscale.data.micro_batches import deal, padded_tokens
-from hdscale.engine.deepspeed_engine import Engine, loss_of
+from hdscale.engine.deepspeed_engine import Engine
+from hdscale.engine.trial import one_pass, seconds_of_passes
 from hdscale.errors import UserError
 
 AUTO = "auto"
@@ -117,24 +117,4 @@ def step_seconds(engine: Engine, parts: Sequence[list[Row]], pad_id: int) -> flo
     batches = [collate(part, pad_id) for part in tried]
     # the first pass of a shape pays for plans and caches
     one_pass(engine, batches[0])
-    engine.ranks.barrier()
-    synchronize(engine)
-    start = time.perf_counter()
-    for batch in batches:
-        one_pass(engine, batch)
-    synchronize(engine)
-    return (time.perf_counter() - start) / count * len(parts)
-
-
-def one_pass(engine: Engine, batch: dict[str, torch.Tensor]) -> None:
-    """Forward and backward; the gradients are thrown away before anyone sees them."""
-    engine.module.train()
-    moved = {name: tensor.to(engine.ranks.device) for name, tensor in batch.items()}
-    # not `backward`: it would set off DeepSpeed's reductions
-    torch.autograd.grad(loss_of(engine.module(**moved)), list(engine.parameters.values()), allow_unused=True)
-
-
-def synchronize(engine: Engine) -> None:
-    """Wait for the device."""
-    if engine.ranks.device.type == "cuda":
-        torch.cuda.synchronize()
+    return seconds_of_passes(engine, batches) / count * len(parts)

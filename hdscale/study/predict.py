@@ -35,11 +35,21 @@ def predict_run(config: dict[str, Any], results: dict[str, Any]) -> dict[str, fl
         seconds = compute.seconds_of(flops_row, device, whole.train.dtype, compute.EFFICIENCY)
         found["planned_samples_per_second"] = ranks / seconds
         count, sides, heads = counted(whole)
-        share = -(-whole.train.global_batch_size // ranks)
-        rows = min(whole.train.micro_batch_size or share, share)
+        rows = rows_of_a_pass(whole, ranks)
         memory = step_memory(architecture(whole), work_of(whole, rows, "cuda", sides), Sharding(ranks, 2), count.base, count.trainable, heads)
         found["planned_memory_gb"] = (memory.peak - memory.workspace) / 1e9
     return found
+
+
+def rows_of_a_pass(config: Config, ranks: int) -> int:
+    """Rows of a micro-batch of the longest rows, which need the most memory."""
+    rows = -(-config.train.global_batch_size // ranks)
+    if config.train.micro_batch_size:
+        rows = min(rows, config.train.micro_batch_size)
+    budget = config.train.tokens_per_micro_batch
+    if budget and budget.isdigit():
+        rows = min(rows, max(1, int(budget) // (config.data.max_source_length + config.data.max_target_length)))
+    return rows
 
 
 _CACHE: dict[Any, tuple[Any, Any]] = {}

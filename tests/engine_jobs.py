@@ -6,11 +6,15 @@ import os
 import resource
 import signal
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hdscale.data.batches import Row as TextRow
+from hdscale.data.batches import collate
 from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
 from hdscale.engine.deepspeed_engine import Engine, NonFiniteError, build_engine
 from hdscale.engine.distributed import Ranks
@@ -329,3 +333,51 @@ def settle(ranks: Ranks, path: str) -> dict[str, Any]:
     settled = Settled(Path(path), ranks)
     first = settled.once("number", lambda: ranks.rank)
     return {"first": first, "again": settled.once("number", lambda: 5), "other": settled.once("other", lambda: "both")}
+
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
+HOST_ONLY = ("/torch/optim/", "/hdscale/ops/operator.py")
+"""AdamW's loop over tensors (CUDA has the fused one, whose step count stays on the device), and counters that live on the host."""
+
+
+class Waits(TorchDispatchMode):
+    """Notes each operation for whose result a GPU's host would have to wait, and who asked for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        by_boolean = name.startswith("aten.index") and any(
+            torch.is_tensor(one) and one.dtype == torch.bool for one in (args[1] if len(args) > 1 and isinstance(args[1], list) else [])
+        )
+        if by_boolean or any(word in name for word in WAITING):
+            stack = traceback.extract_stack()
+            if not any(part in frame.filename for frame in stack for part in HOST_ONLY):
+                own = [frame for frame in stack if "/torch/" not in frame.filename][-2:]
+                self.found.append(f"{name}: " + " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(own)))
+        return function(*args, **(kwargs or {}))
+
+
+def waits_of_a_step(ranks: Ranks, base: str, **config: Any) -> dict[str, list[str]]:
+    """What a step of a real hyperdecoder would wait for, and what reading its result does."""
+    from hdscale.modeling import HyperdecoderConfig, build_model
+
+    sizes = {"encoder": {"dim": 4}, "decoder": {"dim": 4, "adapter": "generated"}, "hypernet": {"bottleneck": 8}}
+    model_config = HyperdecoderConfig.from_dict({"model": {"name": base}, "method": {"name": "hyperdecoder", **sizes}, "tasks": []})
+    model = build_model(model_config, torch.bfloat16, ranks.device, trainable_dtype=torch.float32)
+    engine = build_engine(model, settings(**config), ranks)
+    for step in range(2):
+        batches = [
+            collate([TextRow([5, 6, 7, 1], [8, 1], 0, "a", "t"), TextRow([5, 6, 1], [8, 9, 1], 0, "b", "t")], 0) for _ in range(2)
+        ]
+        if step == 0:
+            # AdamW's state is made
+            engine.train_step(batches).result()
+    with Waits() as during:
+        pending = engine.train_step(batches)
+    with Waits() as after:
+        pending.result().loss  # noqa: B018
+        float(engine.module.method.state_dict()[next(iter(engine.module.method.state_dict()))].sum())
+    return {"step": during.found, "after": after.found}

@@ -100,6 +100,15 @@ def test_a_nan_stops_the_run(rank_pool, tmp_path, fault, stage):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
 
 
+def test_a_step_waits_for_nothing_on_the_device(rank_pool, tmp_path):
+    """No number is read on the host within a step of ZeRO-2 in bf16, DeepSpeed's own norm, clipping and overflow check included."""
+    base = str(save_tiny_t5(tmp_path / "base", vocabulary=64))
+    for found in rank_pool(2).run("tests.engine_jobs:waits_of_a_step", {"base": base, **ZERO["zero2"]}):
+        assert found["step"] == []
+        # the ear hears: a number that is read afterwards is noticed
+        assert found["after"]
+
+
 @pytest.mark.parametrize("stage", ["zero2", "zero3", "zero3_small"])
 def test_ranks_may_evaluate_different_numbers_of_batches(rank_pool, stage):
     first, second = rank_pool(2).run("tests.engine_jobs:evaluate_unevenly", ZERO[stage], timeout=60)

@@ -1,7 +1,8 @@
 """Transformers' T5 and MT5 blocks, made to carry an `Adaptation` through their forward.
 
 A base model is adapted by giving its own blocks a subclass of their class: weights, names and every code path of
-transformers stay as they are, and with `adaptation=None` a block computes exactly what it did before.
+transformers stay as they are, and with `adaptation=None` a block computes exactly what it did before. How the stacks hand
+masks and position biases to their blocks is in `hdscale.modeling.stacks`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.t5.modeling_t5 import eager_attention_forward
 
 from hdscale.modeling.adaptation import Adaptation
+from hdscale.modeling.stacks import AdaptedStack
 
 
 class AdaptedBlock:
@@ -141,7 +143,7 @@ class AdaptedAttention:
         bias, prefix = position_bias, None if cross else adaptation.prefix(layer)
         if prefix is not None:
             length = prefix[0].shape[2]
-            mask = mask_with_prefix(mask, query, key, length, self.is_causal)
+            mask = mask_with_prefix(mask, query, key, length, kwargs.get("is_causal", self.is_causal))
             bias = functional.pad(position_bias, (length, 0))
             key, value = (
                 torch.cat([rows_of(extra, own.shape[0]).to(own.dtype), own], dim=2)
@@ -230,8 +232,9 @@ def adapted_class(mixin: type, cls: type) -> type:
 
 
 def adapt_blocks(base: nn.Module) -> None:
-    """Make a T5-family model's blocks and its generation accept `adaptation=`, in place."""
+    """Make a T5-family model's stacks, blocks and its generation accept `adaptation=`, in place."""
     for stack in (base.encoder, base.decoder):
+        stack.__class__ = adapted_class(AdaptedStack, type(stack))
         for index, block in enumerate(stack.block):
             block.__class__ = adapted_class(AdaptedBlock, type(block))
             block.hdscale_layer = index

@@ -220,19 +220,28 @@ def norm_bytes(rows: float, base: Architecture, work: Work) -> float:
 def attention_bytes(queries: float, keys: float, pairs: float, base: Architecture, work: Work) -> float:
     """What an attention keeps: queries and keys are rows, pairs is B·(queries)·(keys) of an instance, summed.
 
-    Fused kernels keep q, k, v, their output, a number a row and head, and the additive mask that position bias and padding
-    become. On a CPU dropout switches the fused kernel off, and eager attention has none: the probabilities are kept three
+    Fused kernels keep q, k, v, their output, and a number a row and head (the additive mask is the stack's, not a layer's: see
+    `shared_mask_bytes`). On a CPU dropout switches the fused kernel off, and eager attention has none: the probabilities are kept three
     times (softmax, mask, product), all in float32 there.
     """
     inner = base.heads * base.d_kv
     e = work.dtype_bytes
     trained = e * (queries * base.d_model + queries * inner) if work.trains_base else 0
-    if work.attention == "eager" or (work.device == "cpu" and base.dropout > 0):
+    if not is_fused(base, work):
         wide = 4 if work.attention == "sdpa" else e
         masks = 2 * wide + (wide if work.device == "cpu" else work.mask_bytes) if base.dropout > 0 else 2 * wide
         return wide * inner * (queries + 2 * keys) + masks * base.heads * pairs + trained
-    fused = e * inner * (2 * queries + 2 * keys) + 4 * base.heads * queries
-    return fused + e * base.heads * pairs + trained
+    return e * inner * (2 * queries + 2 * keys) + 4 * base.heads * queries + trained
+
+
+def is_fused(base: Architecture, work: Work) -> bool:
+    """Whether an attention is one kernel."""
+    return work.attention != "eager" and not (work.device == "cpu" and base.dropout > 0)
+
+
+def shared_mask_bytes(elements: float, base: Architecture, work: Work) -> float:
+    """The additive mask of position bias and padding, made once for all layers of a stack and kept by fused kernels."""
+    return work.dtype_bytes * elements if is_fused(base, work) else 0.0
 
 
 def feed_forward_bytes(rows: float, base: Architecture, work: Work) -> float:
@@ -266,6 +275,7 @@ def encoder_activations(base: Architecture, work: Work) -> tuple[float, float]:
     if not work.encoder_dim and not work.trains_base:
         return 0.0, 0.0
     last = norm_bytes(rows, base, work) + dropout_bytes(rows, base, work) + e * rows * base.d_model
+    last += shared_mask_bytes(base.heads * pairs, base, work)
     if work.checkpointing in ("encoder", "all"):
         kept = base.encoder_layers * e * rows * base.d_model + last + dropout_bytes(rows, base, work)
         # what the recomputed block keeps is released as its gradients come
@@ -290,6 +300,7 @@ def decoder_activations(base: Architecture, work: Work) -> tuple[float, float]:
     )
     adapter = 2 * e * work.rows * base.d_model * work.decoder_dim
     last = norm_bytes(rows, base, work) + dropout_bytes(rows, base, work)
+    last += shared_mask_bytes(base.heads * work.target**2 + sources, base, work)
     if work.checkpointing in ("decoder", "all"):
         kept = base.decoder_layers * e * rows * base.d_model + last + dropout_bytes(rows, base, work)
         return kept + block, (adapter if work.keeps_generated else 0)

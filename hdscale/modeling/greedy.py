@@ -1,13 +1,27 @@
-"""Greedy decoding in one small loop: what label tasks need, without the machinery of transformers' `generate`."""
+"""Greedy decoding in one small loop: what label tasks and short answers need, without the machinery of transformers' `generate`."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from hdscale.modeling.adaptation import Adaptation
 from hdscale.modeling.base import scales_output
+from hdscale.modeling.inference import TokenDecoder
+
+
+class Decoded(NamedTuple):
+    """What greedy decoding found.
+
+    Attributes:
+        ids: token ids [B, 1 + T'], the decoder's start token first, padded behind </s>.
+        scores: float32 [B], the summed log-likelihood of each row's tokens, </s> included; None where not asked for.
+    """
+
+    ids: Tensor
+    scores: Tensor | None
 
 
 def greedy_decode(
@@ -17,7 +31,9 @@ def greedy_decode(
     adaptation: Adaptation | None,
     max_new_tokens: int,
     min_new_tokens: int = 0,
-) -> Tensor:
+    scored: bool = False,
+    project_source: bool | None = None,
+) -> Decoded:
     """The likeliest token at each position, until every row has ended; the same tokens as transformers' greedy search.
 
     Args:
@@ -27,31 +43,57 @@ def greedy_decode(
         adaptation: of the decoder, its adapters generated already (`for_generation`).
         max_new_tokens: most tokens of a row, </s> included.
         min_new_tokens: tokens before </s> is allowed.
-
-    Returns:
-        token ids [B, 1 + T'], the decoder's start token first, padded behind </s>.
+        scored: sum up the tokens' log-likelihoods.
+        project_source: see `TokenDecoder`.
     """
-    config = base.config
+    config, device = base.config, hidden.device
     rows = hidden.shape[0]
-    ids = torch.full((rows, 1), config.decoder_start_token_id, dtype=torch.long, device=hidden.device)
-    cache = EncoderDecoderCache(DynamicCache(config=base.decoder.config), DynamicCache(config=base.decoder.config))
-    ended = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
+    ids = torch.full((rows, 1 + max_new_tokens), config.pad_token_id, dtype=torch.long, device=device)
+    ids[:, 0] = config.decoder_start_token_id
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    scores = torch.zeros(rows, dtype=torch.float32, device=device) if scored else None
     scale = config.d_model**-0.5 if scales_output(config) else 1.0
+    decoder = TokenDecoder(base.decoder, hidden, attention_mask, adaptation, max_new_tokens, project_source)
+    late, flags, length = lateness(device), [], max_new_tokens
     for step in range(max_new_tokens):
-        output = base.decoder(
-            input_ids=ids[:, -1:],
-            encoder_hidden_states=hidden,
-            encoder_attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=True,
-            adaptation=adaptation,
-        ).last_hidden_state[:, -1]
-        logits = base.lm_head(output * scale)
+        output = decoder(ids[:, step])
+        logits = base.lm_head(output * scale if scale != 1.0 else output)
+        if scored:
+            total = torch.logsumexp(logits.float(), dim=-1)
         if step < min_new_tokens:
             logits[:, config.eos_token_id] = -torch.inf
-        token = logits.argmax(dim=-1).masked_fill(ended, config.pad_token_id)
-        ids = torch.cat([ids, token.unsqueeze(1)], dim=1)
+        best, token = logits.max(dim=-1)
+        token = token.masked_fill(ended, config.pad_token_id)
+        if scored:
+            # padding is no token, wherever it stands
+            scores += (best.float() - total).masked_fill(token == config.pad_token_id, 0.0)
+        ids[:, step + 1] = token
         ended |= token == config.eos_token_id
-        if step + 1 < max_new_tokens and bool(ended.all()):
+        flags.append(Flag(ended.all()))
+        if len(flags) > late and flags.pop(0).read():
+            length = step + 1 - late
             break
-    return ids
+    return Decoded(ids[:, : 1 + length], scores)
+
+
+def lateness(device: torch.device) -> int:
+    """How many tokens later it is read whether all rows have ended: a GPU is then never waited for while it has no work."""
+    return 0 if device.type == "cpu" else 1
+
+
+class Flag:
+    """A yes or no on its way to the host."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.arrived = value, None
+        if value.device.type == "cuda":
+            self.value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self.value.copy_(value, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> bool:
+        """Wait for it, but for nothing that was asked of the device since."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return bool(self.value)

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
 from hdscale.errors import UserError
+from hdscale.modeling import inference
 from hdscale.modeling.adaptation import Adaptation
 from hdscale.modeling.base import load_base, scales_output
 from hdscale.modeling.config import HyperdecoderConfig
-from hdscale.modeling.greedy import greedy_decode
+from hdscale.modeling.greedy import Decoded, greedy_decode
 from hdscale.modeling.methods import method_class, settled
 
 IGNORED = -100
@@ -65,7 +66,11 @@ class AdaptedModel(nn.Module):
         if self.method.needs_tasks and task_ids is None:
             raise UserError(f"method '{self.config.method.name}' is conditioned on tasks: give task_ids")
 
+        lean = self._without_gradients()
+
         def run(adaptation: Adaptation | None) -> Tensor:
+            if lean:
+                return inference.encode(self.base.encoder, input_ids, attention_mask, adaptation)
             if adaptation is not None:
                 adaptation = adaptation.for_training(input_ids.shape[1])
             return self.base.encoder(
@@ -74,6 +79,11 @@ class AdaptedModel(nn.Module):
 
         hidden = self.method.encode(run, attention_mask, task_ids)
         return Encoded(hidden, self.method.decoder_adaptation(hidden, attention_mask, task_ids))
+
+    def _without_gradients(self) -> bool:
+        """Whether a pass is one of evaluation, over parameters that are at hand (DeepSpeed's stage 3 gathers them in modules)."""
+        encoder = self.base.encoder
+        return not (torch.is_grad_enabled() or encoder.training or hasattr(encoder.final_layer_norm.weight, "ds_id"))
 
     def decode(
         self, encoded: Encoded, attention_mask: Tensor, labels: Tensor, target_positions: Tensor | None = None
@@ -163,17 +173,40 @@ class AdaptedModel(nn.Module):
         Returns:
             token ids [B, T'] (or [B * num_return_sequences, T']), the decoder's start token first.
         """
+        if is_plain_greedy(kwargs) and self._without_gradients():
+            return self._greedy(input_ids, attention_mask, task_ids, kwargs, scored=False).ids
         encoded = self.encode(input_ids, attention_mask, task_ids)
         adaptation = encoded.adaptation.for_generation() if encoded.adaptation is not None else None
-        if is_plain_greedy(kwargs):
-            lengths = {name: kwargs[name] for name in ("max_new_tokens", "min_new_tokens") if name in kwargs}
-            return greedy_decode(self.base, encoded.hidden, attention_mask, adaptation, **lengths)
         return self.base.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
             attention_mask=attention_mask,
             adaptation=adaptation,
             **kwargs,
         )
+
+    @torch.no_grad()
+    def generate_with_scores(
+        self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`generate`, and the log-likelihood of what it gives, summed over each row's tokens: float32 [B].
+
+        With plain greedy search the scores cost no pass of their own.
+        """
+        if is_plain_greedy(kwargs) and self._without_gradients():
+            return self._greedy(input_ids, attention_mask, task_ids, kwargs, scored=True)
+        ids = self.generate(input_ids, attention_mask, task_ids, **kwargs)
+        config, generated = self.base.config, ids[:, 1:]
+        after_end = (generated == config.eos_token_id).cumsum(dim=1) - (generated == config.eos_token_id).long() > 0
+        labels = generated.masked_fill(after_end | (generated == config.pad_token_id), IGNORED)
+        return ids, self.log_likelihood(input_ids, attention_mask, labels, task_ids)
+
+    def _greedy(
+        self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None, arguments: dict[str, Any], scored: bool
+    ) -> Decoded:
+        encoded = self.encode(input_ids, attention_mask, task_ids)
+        adaptation = encoded.adaptation.for_generation() if encoded.adaptation is not None else None
+        lengths = {name: arguments[name] for name in ("max_new_tokens", "min_new_tokens") if name in arguments}
+        return greedy_decode(self.base, encoded.hidden, attention_mask, adaptation, scored=scored, **lengths)
 
     def trainable_names(self) -> list[str]:
         """Names of the parameters that train, in the model's order."""

@@ -1,0 +1,235 @@
+"""Passes without gradients over the stacks: fewer and larger operations than the modules of transformers make.
+
+Norms and activations are one operation each, masks and position biases are made once for all layers, and the decoder keeps its
+keys and values in tensors that are there from the start. The linears are the base's own modules, and an `Adaptation`'s hooks
+run in the same places as in training. Results equal those of the modules up to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import NewGELUActivation
+
+from hdscale.modeling.adaptation import Adaptation
+from hdscale.modeling.stacks import masked, source_mask
+
+MOST_EXPLICIT_SCORES = 128 * 128
+"""Queries times keys up to which a CPU takes the scores of a batch at once rather than in SDPA's tiles."""
+
+
+def encode(stack: nn.Module, input_ids: Tensor, attention_mask: Tensor, adaptation: Adaptation | None) -> Tensor:
+    """The encoder's output [B, S, D], as the stack's own forward gives it in evaluation.
+
+    Args:
+        input_ids: [B, S]. attention_mask: [B, S].
+    """
+    x = stack.embed_tokens(input_ids)
+    length = input_ids.shape[1]
+    bias = stack.block[0].layer[0].SelfAttention.compute_bias(length, length, device=x.device)
+    bias = masked(bias, attention_mask[:, None, None, :].bool())
+    for layer, block in enumerate(stack.block):
+        attention = block.layer[0].SelfAttention
+        normed = norm(block.layer[0].layer_norm, x)
+        query, key, value = (split_heads(attention, project(attention, "self", name, layer, normed, adaptation)) for name in "qkv")
+        seen, prefix = bias, None if adaptation is None else adaptation.prefix(layer)
+        if prefix is not None:
+            seen = F.pad(bias, (prefix[0].shape[2], 0))
+            key, value = (torch.cat([extra.to(own.dtype), own], dim=2) for extra, own in zip(prefix, (key, value), strict=True))
+        mixed = merge_heads(attend(query, key, value, seen))
+        x = x + self_attention_output(attention, layer, mixed, adaptation)
+        x = add_feed_forward(block.layer[-1], layer, x, adaptation)
+    return norm(stack.final_layer_norm, x)
+
+
+class TokenDecoder:
+    """The decoder, one token of every row at a time.
+
+    Args:
+        stack: the decoder.
+        hidden: [B, S, D], the encoding.
+        attention_mask: [B, S].
+        adaptation: of the decoder, made for generation.
+        most_tokens: that will be decoded.
+        project_source: keys and values of the source are computed and kept; otherwise queries are carried to the encoding
+            instead (see `cheaper_to_project`). Default: what is cheaper.
+    """
+
+    def __init__(
+        self,
+        stack: nn.Module,
+        hidden: Tensor,
+        attention_mask: Tensor,
+        adaptation: Adaptation | None,
+        most_tokens: int,
+        project_source: bool | None = None,
+    ) -> None:
+        self.stack, self.adaptation = stack, adaptation
+        self.adapts_attention = adaptation is not None and adaptation.adapts_attention
+        attention = stack.block[0].layer[0].SelfAttention
+        if project_source is None:
+            project_source = cheaper_to_project(most_tokens, hidden.shape[1], hidden.shape[2], attention.key_value_proj_dim)
+        self.project_source = project_source or self.adapts_attention
+        # a CPU has no fused attention that is good at one query: the scores are taken in float32 there
+        self.kept = torch.promote_types(hidden.dtype, torch.float32) if hidden.device.type == "cpu" else hidden.dtype
+        self.bias = attention.compute_bias(most_tokens, most_tokens, device=hidden.device).to(self.kept)  # [1, H, T, T]
+        self.decoded = 0
+        self.prefixes = [0] * len(stack.block)
+        self.keys: list[Tensor] = []  # a layer: [B, H, prefix + T, d_kv]
+        self.values: list[Tensor] = []
+        for layer in range(len(stack.block)):
+            self._make_room(layer, hidden, most_tokens)
+        if self.project_source:
+            self.source_bias = source_mask(attention_mask, self.kept)  # [B, 1, 1, S]
+            self.source = [self._projected(layer, hidden) for layer in range(len(stack.block))]
+        else:
+            precise = torch.promote_types(hidden.dtype, torch.float32)
+            self.source_bias = source_mask(attention_mask, precise).squeeze(1)  # [B, 1, S]
+            self.hidden = hidden.to(precise)
+
+    def _make_room(self, layer: int, hidden: Tensor, most_tokens: int) -> None:
+        attention = self.stack.block[layer].layer[0].SelfAttention
+        prefix = self.adaptation.prefix(layer) if self.adapts_attention else None
+        length = 0 if prefix is None else prefix[0].shape[2]
+        self.prefixes[layer] = length
+        shape = (hidden.shape[0], attention.n_heads, length + most_tokens, attention.key_value_proj_dim)
+        for number, rooms in enumerate((self.keys, self.values)):
+            room = torch.empty(shape, dtype=self.kept, device=hidden.device)
+            if prefix is not None:
+                room[:, :, :length] = prefix[number]
+            rooms.append(room)
+
+    def _projected(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, S, d_kv] of the source."""
+        attention = self.stack.block[layer].layer[1].EncDecAttention
+        key, value = (
+            split_heads(attention, project(attention, "cross", name, layer, hidden, self.adaptation)).to(self.kept).contiguous()
+            for name in "kv"
+        )
+        return key, value
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """tokens [B], the last of each row -> [B, D], what the head reads."""
+        x = self.stack.embed_tokens(tokens.unsqueeze(1))
+        place = self.decoded
+        bias = self.bias[:, :, place : place + 1, : place + 1]
+        for layer, block in enumerate(self.stack.block):
+            x = x + self._self_attention(block.layer[0], layer, x, bias)
+            x = x + self._cross_attention(block.layer[1], layer, x)
+            x = add_feed_forward(block.layer[-1], layer, x, self.adaptation)
+        self.decoded += 1
+        return norm(self.stack.final_layer_norm, x.squeeze(1))
+
+    def _self_attention(self, sub: nn.Module, layer: int, x: Tensor, bias: Tensor) -> Tensor:
+        attention, prefix = sub.SelfAttention, self.prefixes[layer]
+        normed = norm(sub.layer_norm, x)
+        query, key, value = (
+            split_heads(attention, project(attention, "self", name, layer, normed, self.adaptation)).to(self.kept) for name in "qkv"
+        )
+        place = prefix + self.decoded
+        self.keys[layer][:, :, place] = key.squeeze(2)
+        self.values[layer][:, :, place] = value.squeeze(2)
+        seen = F.pad(bias, (prefix, 0)) if prefix else bias
+        mixed = attend(query, self.keys[layer][:, :, : place + 1], self.values[layer][:, :, : place + 1], seen)
+        return self_attention_output(attention, layer, merge_heads(mixed).to(x.dtype), self.adaptation)
+
+    def _cross_attention(self, sub: nn.Module, layer: int, x: Tensor) -> Tensor:
+        attention = sub.EncDecAttention
+        query = project(attention, "cross", "q", layer, norm(sub.layer_norm, x), self.adaptation)
+        if self.project_source:
+            mixed = attend(split_heads(attention, query).to(self.kept), *self.source[layer], self.source_bias)
+            mixed = merge_heads(mixed).to(x.dtype)
+        else:
+            mixed = self._attend_to_encoding(attention, query)
+        return project(attention, "cross", "o", layer, mixed, self.adaptation)
+
+    def _attend_to_encoding(self, attention: nn.Module, query: Tensor) -> Tensor:
+        """q (W_k h) = (q W_k) h and p (W_v h) = W_v (p h): the weights meet the query and the mixture, not every source token.
+
+        query [B, 1, H * d_kv] -> [B, 1, H * d_kv].
+        """
+        heads, size = attention.n_heads, attention.key_value_proj_dim
+        by_head = query.view(-1, heads, size).transpose(0, 1)  # [H, B, d_kv]
+        carried = torch.bmm(by_head, attention.k.weight.view(heads, size, -1)).transpose(0, 1)  # [B, H, D]
+        scores = torch.baddbmm(self.source_bias, carried.to(self.hidden.dtype), self.hidden.transpose(1, 2))
+        mixed = torch.bmm(scores.softmax(dim=-1), self.hidden).to(query.dtype).transpose(0, 1)  # [H, B, D]
+        value = torch.bmm(mixed, attention.v.weight.view(heads, size, -1).transpose(1, 2))  # [H, B, d_kv]
+        return value.transpose(0, 1).reshape(query.shape)
+
+
+def cheaper_to_project(tokens: int, source: int, d_model: int, d_kv: int) -> bool:
+    """Whether keys and values of every source token are worth their making.
+
+    Made once they cost 4 S D H d_kv operations and then 4 S H d_kv a token; carrying queries to the encoding costs
+    4 D H d_kv + 4 S D H a token. Half of the tokens at which the two are even is taken: many small products are slower than a
+    large one.
+    """
+    even = source * d_kv / (d_kv + source * (1 - d_kv / d_model)) if d_model > d_kv else 0.0
+    return tokens > even / 2
+
+
+def project(attention: nn.Module, kind: str, name: str, layer: int, x: Tensor, adaptation: Adaptation | None) -> Tensor:
+    """A linear of an attention, adapted."""
+    y = getattr(attention, name)(x)
+    if adaptation is not None and adaptation.adapts_attention:
+        return adaptation.projection(layer, kind, name, x, y)
+    return y
+
+
+def self_attention_output(attention: nn.Module, layer: int, mixed: Tensor, adaptation: Adaptation | None) -> Tensor:
+    """What the self-attention's sub-layer adds."""
+    y = project(attention, "self", "o", layer, mixed, adaptation)
+    return y if adaptation is None else adaptation.after_self_attention(layer, y)
+
+
+def add_feed_forward(sub: nn.Module, layer: int, x: Tensor, adaptation: Adaptation | None) -> Tensor:
+    """The feed-forward sub-layer with its residual."""
+    normed = norm(sub.layer_norm, x)
+    y = feed_forward(sub.DenseReluDense, normed)
+    if adaptation is None:
+        return x + y
+    y = x + adaptation.after_feed_forward(layer, y)
+    branch = adaptation.parallel(layer, x, normed)
+    return y if branch is None else y + branch
+
+
+def feed_forward(dense: nn.Module, x: Tensor) -> Tensor:
+    """The feed-forward of v1.0 (one input linear) or of v1.1 (gated)."""
+    if hasattr(dense, "wi"):
+        hidden = activation(dense.act, dense.wi(x))
+    else:
+        hidden = activation(dense.act, dense.wi_0(x)) * dense.wi_1(x)
+    return dense.wo(hidden.to(dense.wo.weight.dtype))
+
+
+def activation(module: nn.Module, x: Tensor) -> Tensor:
+    """The activation; transformers spells `gelu_new` out in eight operations."""
+    return F.gelu(x, approximate="tanh") if isinstance(module, NewGELUActivation) else module(x)
+
+
+def norm(module: nn.Module, x: Tensor) -> Tensor:
+    """T5's layer norm: by the root mean square."""
+    # of float64 transformers takes the mean in float32
+    if module.weight.dtype != x.dtype or x.dtype == torch.float64 or not hasattr(module, "variance_epsilon"):
+        return module(x)
+    return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+
+
+def split_heads(attention: nn.Module, x: Tensor) -> Tensor:
+    """[B, L, H * d_kv] -> [B, H, L, d_kv]."""
+    return x.unflatten(-1, (attention.n_heads, attention.key_value_proj_dim)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, L, d_kv] -> [B, L, H * d_kv]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Attention without T5's missing scale: [B, H, L, d_kv]; `bias` is added to the scores."""
+    explicit = query.device.type == "cpu" and query.dtype not in (torch.bfloat16, torch.float16)
+    if explicit and query.shape[2] * key.shape[2] <= MOST_EXPLICIT_SCORES:
+        scores = torch.matmul(query, key.transpose(2, 3))
+        return torch.matmul(scores.add_(bias).softmax(dim=-1), value)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)

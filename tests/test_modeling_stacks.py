@@ -8,6 +8,7 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5For
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from hdscale.modeling.blocks import adapt_blocks
+from hdscale.modeling.cross_attention import few_targets
 
 HEADS, LENGTH, TARGET = 3, 11, 5
 SHAPE = {"vocab_size": 50, "d_model": 16, "d_ff": 20, "d_kv": 4, "num_heads": HEADS, "num_layers": 3, "decoder_start_token_id": 0}
@@ -72,6 +73,36 @@ def test_token_by_token_as_all_at_once(name, attention):
         token = inputs["decoder_input_ids"][:, place : place + 1]
         one = ours.decoder(input_ids=token, past_key_values=cache, use_cache=True, **source).last_hidden_state
         assert torch.allclose(one[:, 0], whole[:, place], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_few_targets_look_at_a_source_that_is_not_projected(name, monkeypatch):
+    """Outputs and gradients are transformers' own, all weights training; the keys' linear is not called."""
+    monkeypatch.setitem(SHAPE, "d_kv", 40)
+    theirs, ours = pair(name)
+    calls = []
+    ours.decoder.block[1].layer[1].EncDecAttention.k.register_forward_hook(lambda *_: calls.append("k"))
+    inputs = batch()
+    inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :2]
+    results = []
+    for model in (theirs.double(), ours.double()):
+        logits = model(**inputs, use_cache=False).logits
+        logits.square().mean().backward()
+        results.append((logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (logits, gradients), (our_logits, our_gradients) = results
+    assert calls == []
+    assert torch.allclose(logits, our_logits, rtol=1e-9, atol=1e-12)
+    assert our_gradients.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        assert torch.allclose(gradient, our_gradients[key], rtol=1e-7, atol=1e-12), key
+    # more tokens are cheaper with keys and values
+    ours(**batch(), use_cache=False)
+    assert calls == ["k"]
+
+
+@pytest.mark.parametrize("d_kv, sources, most", [(64, 46, 6), (64, 512, 14), (16, 20, 2)])
+def test_what_few_targets_are(d_kv, sources, most):
+    assert few_targets(most, sources, d_kv) and not few_targets(most + 1, sources, d_kv)
 
 
 def test_one_mask_is_kept_for_all_layers():

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.t5.modeling_t5 import eager_attention_forward
 
 from hdscale.modeling.adaptation import Adaptation
+from hdscale.modeling.cross_attention import unprojected_attention
 from hdscale.modeling.stacks import AdaptedStack
 
 
@@ -92,8 +93,14 @@ class AdaptedAttention:
         position_bias: Tensor | None = None,
         past_key_values=None,
         adaptation: Adaptation | None = None,
+        source_unprojected: bool = False,
         **kwargs,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if source_unprojected and key_value_states is not None:
+            query = self.q(hidden_states).unflatten(-1, (self.n_heads, self.key_value_proj_dim)).transpose(1, 2)
+            dropout = self.dropout if self.training else 0.0
+            mixed = unprojected_attention(query, key_value_states, self.k.weight, self.v.weight, position_bias, dropout)
+            return self.o(mixed), position_bias, None
         if adaptation is None:
             return super().forward(
                 hidden_states,

@@ -127,7 +127,10 @@ class GeneratedAdaptation(Adaptation):
         return SharedAdaptation(layers, heads.backend, self.normed_input)
 
     def for_generation(self) -> CachedAdaptation:
-        return CachedAdaptation([self.adapter_heads.generate(code) for code in self.codes], self.normed_input)
+        # all layers in one product: a layer's few rows alone would read the heads' weights once more each
+        together = self.adapter_heads.generate(self.codes.flatten(0, 1))
+        layers = zip(*(tensor.chunk(len(self.codes)) for tensor in together), strict=True)
+        return CachedAdaptation([AdapterWeights(*layer) for layer in layers], self.normed_input)
 
 
 class SharedAdaptation(Adaptation):

@@ -84,9 +84,8 @@ class TokenDecoder:
             self.source_bias = source_mask(attention_mask, self.kept)  # [B, 1, 1, S]
             self.source = [self._projected(layer, hidden) for layer in range(len(stack.block))]
         else:
-            precise = torch.promote_types(hidden.dtype, torch.float32)
-            self.source_bias = source_mask(attention_mask, precise).squeeze(1)  # [B, 1, S]
-            self.hidden = hidden.to(precise)
+            self.hidden = at_least_float32(hidden)
+            self.source_bias = source_mask(attention_mask, self.hidden.dtype).squeeze(1)  # [B, 1, S]
 
     def _make_room(self, layer: int, hidden: Tensor, most_tokens: int) -> None:
         attention = self.stack.block[layer].layer[0].SelfAttention
@@ -216,6 +215,11 @@ def norm(module: nn.Module, x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """A 16-bit tensor as float32, another as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def split_heads(attention: nn.Module, x: Tensor) -> Tensor:
     """[B, L, H * d_kv] -> [B, H, L, d_kv]."""
     return x.unflatten(-1, (attention.n_heads, attention.key_value_proj_dim)).transpose(1, 2)
@@ -228,8 +232,8 @@ def merge_heads(x: Tensor) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Attention without T5's missing scale: [B, H, L, d_kv]; `bias` is added to the scores."""
-    explicit = query.device.type == "cpu" and query.dtype not in (torch.bfloat16, torch.float16)
-    if explicit and query.shape[2] * key.shape[2] <= MOST_EXPLICIT_SCORES:
+    if query.device.type == "cpu" and query.shape[2] * key.shape[2] <= MOST_EXPLICIT_SCORES:
+        query, key, precise = at_least_float32(query), at_least_float32(key), at_least_float32(value)
         scores = torch.matmul(query, key.transpose(2, 3))
-        return torch.matmul(scores.add_(bias).softmax(dim=-1), value)
+        return torch.matmul(scores.add_(bias).softmax(dim=-1), precise).to(value.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hdscale.modeling.cross_attention import few_targets
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -234,6 +236,18 @@ def attention_bytes(queries: float, keys: float, pairs: float, base: Architectur
     return e * inner * (2 * queries + 2 * keys) + 4 * base.heads * queries + trained
 
 
+def cross_attention_bytes(queries: float, keys: float, base: Architecture, work: Work) -> float:
+    """What the decoder's attention to the source keeps. Few targets keep no keys and values of the source
+    (`hdscale.modeling.cross_attention`): the queries' image of size D for each head, and the probabilities."""
+    pairs = queries * work.source
+    if work.attention == "eager" or not few_targets(work.target, work.source, base.d_kv):
+        return attention_bytes(queries, keys, pairs, base, work)
+    e = work.dtype_bytes
+    dropped = work.mask_bytes if base.dropout > 0 else 0
+    trained = e * queries * (2 * base.d_model + 2 * base.heads * base.d_kv) if work.trains_base else 0
+    return e * queries * base.heads * base.d_model + base.heads * pairs * (4 + e + dropped) + trained
+
+
 def is_fused(base: Architecture, work: Work) -> bool:
     """Whether an attention is one kernel."""
     return work.attention != "eager" and not (work.device == "cpu" and base.dropout > 0)
@@ -290,7 +304,7 @@ def decoder_activations(base: Architecture, work: Work) -> tuple[float, float]:
     """(bytes kept by the decoder, with one block's where they are recomputed; bytes of generated adapters kept)."""
     e = work.dtype_bytes
     rows, sources = work.rows * work.target, work.rows * work.source
-    attentions = attention_bytes(rows, rows, rows * work.target, base, work) + attention_bytes(rows, sources, rows * work.source, base, work)
+    attentions = attention_bytes(rows, rows, rows * work.target, base, work) + cross_attention_bytes(rows, sources, base, work)
     block = (
         3 * norm_bytes(rows, base, work)
         + attentions

@@ -1,0 +1,58 @@
+"""Cross-attention for targets of few tokens: the queries go to the source, not the source to keys and values.
+
+A label has two to four tokens, its source fifty. Projecting the whole source in each decoder layer, for so few queries to look at,
+is a sixth of a training step at T5-large; by associativity nobody has to:
+
+    q (h W_k)^T = (q W_k^T) h^T        p (h W_v) = (p h) W_v
+
+so that W_k and W_v meet T queries instead of S source tokens, and what is kept for the backward pass is the source itself, once
+for all layers, instead of keys and values in each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+GAIN = 4.0
+"""Fewer operations by this factor are worth it: the products are smaller ones, and what they keep, T H D, is less than keys and
+values, 2 S H d_kv, for some six target tokens of 46 source tokens."""
+
+
+def few_targets(targets: int, sources: int, d_kv: int) -> bool:
+    """Whether T queries of S source tokens are cheaper without projecting the source: T (d_kv + S) < d_kv S, with room.
+
+    Per head and D: projecting costs S d_kv multiplications for keys and as many for values; not projecting costs T d_kv to move
+    the queries and T S for the scores, and the same again for values.
+    """
+    return GAIN * targets * (d_kv + sources) <= d_kv * sources
+
+
+def unprojected_attention(
+    query: Tensor, source: Tensor, key_weight: Tensor, value_weight: Tensor, mask: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """What the attention of all heads gives, before the output projection.
+
+    Args:
+        query: [B, H, T, d_kv]. source: [B, S, D].
+        key_weight, value_weight: [H * d_kv, D], of the linears that would make keys and values.
+        mask: [B, 1, 1, S], added to the scores.
+        dropout: of the attention's probabilities.
+
+    Returns:
+        [B, T, H * d_kv].
+    """
+    size_b, heads, size_t, width = query.shape
+    size_s, size_d = source.shape[1:]
+    # [H, B T, d_kv] x [H, d_kv, D]
+    queries = query.transpose(0, 1).reshape(heads, size_b * size_t, width)
+    moved = torch.bmm(queries, key_weight.view(heads, width, size_d)).view(heads, size_b, size_t, size_d)
+    moved = moved.transpose(0, 1).reshape(size_b, heads * size_t, size_d)
+    scores = torch.bmm(moved, source.transpose(1, 2)).view(size_b, heads, size_t, size_s) + mask
+    # as a fused kernel would: the softmax in float32 at least
+    shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(source.dtype)
+    shares = functional.dropout(shares, dropout).view(size_b, heads * size_t, size_s)
+    seen = torch.bmm(shares, source).view(size_b, heads, size_t, size_d).transpose(0, 1).reshape(heads, size_b * size_t, size_d)
+    mixed = torch.bmm(seen, value_weight.view(heads, width, size_d).transpose(1, 2))
+    return mixed.view(heads, size_b, size_t, width).permute(1, 2, 0, 3).reshape(size_b, size_t, heads * width)

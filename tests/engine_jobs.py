@@ -311,6 +311,36 @@ def adapted_model(
     return results
 
 
+def adapted_gradients(
+    ranks: Ranks, base: str, methods: list[dict[str, Any]], variant: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """For each method: the gradient that AdamW was given at the first step, the loss, and the backends that computed."""
+    import hdscale.ops.generated as generated
+    from hdscale.modeling import HyperdecoderConfig, build_model
+
+    resolve, results = generated.resolve_backend, []
+    for method in methods:
+        used: set[str] = set()
+
+        def recorded(*arguments: Any, used: set[str] = used, **options: Any) -> str:
+            used.add(resolve(*arguments, **options))
+            return resolve(*arguments, **options)
+
+        generated.resolve_backend = recorded
+        config = HyperdecoderConfig.from_dict({"model": {"name": base, "dropout": 0.0}, "method": method, "tasks": ["a", "b"]})
+        run = settings(warmup_steps=0, gradient_clipping=0.0, **variant)
+        dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
+        model = build_model(config, dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
+        engine = build_engine(model, run, ranks)
+        loss = engine.train_step(text_batches(0, ranks)).result().loss
+        moments = dict(engine.optimizer_tensors())
+        gradients = {name: moments[f"exp_avg.{name}"] * 10 for name in engine.parameters}
+        results.append({"backends": used, "loss": loss, "gradients": gradients})
+        engine.close()
+    generated.resolve_backend = resolve
+    return results
+
+
 def text_batches(step: int, ranks: Ranks) -> list[dict[str, torch.Tensor]]:
     """Two micro-batches of two rows for each of two ranks: random ids, lengths that differ by rank and micro-batch."""
     batches = []

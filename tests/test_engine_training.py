@@ -9,6 +9,7 @@ import torch
 
 from hdscale.engine.deepspeed_engine import dropout_seed
 from hdscale.engine.optimizer import build_optimizer, learning_rate_factor
+from hdscale.ops.backend import availability
 from tests.tiny import save_tiny_t5
 from tests.toy import ToyModel, global_batch, settings
 
@@ -170,3 +171,23 @@ def test_a_hyperdecoder_under_zero_2_and_3(rank_pool, tmp_path):
         assert here["losses"] == there["losses"] and here["again"] == here["losses"][-1]
         assert all(torch.equal(here["masters"][name], there["masters"][name]) for name in here["masters"])
         assert here["losses"] == pytest.approx(first[0]["losses"], rel=0.01)
+
+
+@pytest.mark.skipif(not availability("cpp").usable, reason="no C++ kernels here")
+@pytest.mark.parametrize("stage, tolerance", [("fp32", 1e-4), ("zero2", 0.03), ("zero3_small", 0.03)])
+def test_compiled_adapters_have_the_gradients_of_plain_ones(rank_pool, tmp_path, stage, tolerance):
+    """On two ranks: `method.backend` cpp against torch, heads shared by the layers (ZeRO-2) and not (ZeRO-3)."""
+    base = save_tiny_t5(tmp_path / "base", vocabulary=64)
+    small = {"dim": 5}
+    methods = [
+        {"name": "hyperdecoder", "encoder": small, "decoder": small, "hypernet": {"bottleneck": 6}, "backend": backend}
+        for backend in ("cpp", "torch")
+    ]
+    arguments = {"base": str(base), "methods": methods, "variant": ZERO.get(stage, {})}
+    for compiled, plain in rank_pool(2).run("tests.engine_jobs:adapted_gradients", arguments):
+        assert compiled["backends"] == {"cpp"} and plain["backends"] == {"torch"}
+        assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-5 if stage == "fp32" else 2e-3)
+        assert compiled["gradients"].keys() == plain["gradients"].keys()
+        norm = torch.cat([value.flatten() for value in plain["gradients"].values()]).norm()
+        for name, value in plain["gradients"].items():
+            assert (compiled["gradients"][name] - value).norm() <= tolerance * max(value.norm(), 1e-3 * norm), name

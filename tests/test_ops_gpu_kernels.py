@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hdscale.ops.backend import availability
+from hdscale.ops.backend import CUDA_MOST_CODE, CUDA_MOST_LAYERS, _fits, availability, cuda_takes
 from hdscale.ops.verify import TOLERANCE, Shape, outputs_and_gradients, random_case, relative_errors
 
 EMULATOR = Path(__file__).parent / "emulator"
@@ -61,7 +61,7 @@ def emulated_errors(emulator: Path, shape: Shape, seed: int) -> dict[str, float]
 
 def check_emulated(emulator: Path, shape: Shape, seed: int) -> None:
     errors = emulated_errors(emulator, shape, seed)
-    assert len(errors) == 4 * shape.N + 5
+    assert len(errors) == 5 * shape.N + 5
     assert all(error <= TOLERANCE[torch.bfloat16] for error in errors.values()), (shape, seed, errors)
 
 
@@ -138,7 +138,7 @@ def test_results_on_a_gpu_are_the_same_at_every_run():
 def test_capture_into_a_cuda_graph():
     case = random_case(Shape(B=16, T=4, D=256, A=32, K=64), torch.bfloat16, "cuda")
     heads = case.heads
-    biases = (torch.zeros(16, 32, dtype=torch.bfloat16, device="cuda"), torch.zeros_like(case.x[0][:, 0]))
+    biases = (torch.zeros(16, 32, device="cuda"), torch.zeros(16, 256, device="cuda"))
     arguments = (case.x[0], case.code[0], *heads[:4], *biases)
     assert availability("cuda").usable, availability("cuda").reason
     expected = torch.ops.hdscale.generated_adapter(*arguments)[0].clone()
@@ -149,14 +149,32 @@ def test_capture_into_a_cuda_graph():
     assert torch.equal(captured, expected)
 
 
+def test_what_the_kernels_take_is_known_before_the_launch(emulator):
+    """`cuda_takes` says what `gpu::takes` says, at the limits of every size and over odd shapes: a shape beyond the
+    kernels takes the plain path instead of failing in the middle of a step."""
+    draw = random.Random(0)
+    sizes = [
+        (0, 1, 2, 63, 64, 65, 129, 4_194_240, 4_194_304, 4_194_305, 1 << 30, 1 << 33),  # B
+        (0, 1, 8, 9, 32, 33, 130, 2048, 4_194_240, 4_194_241, 1 << 30, 1 << 33),  # T
+        (1, 8, 17, 4096, (1 << 20) - 1, 1 << 20, 1 << 30),  # D
+        (1, 3, 64, 800, 1023, 1024, 1025),  # A
+        (1, 7, 128, 256, CUDA_MOST_CODE, CUDA_MOST_CODE + 1, 4096),  # K
+        (1, 24, CUDA_MOST_LAYERS, CUDA_MOST_LAYERS + 1),  # N
+    ]
+    shapes = [Shape(*(draw.choice(choices) for choices in sizes)) for _ in range(6000)]
+    usual = Shape(B=32, T=4, D=1024, A=64, K=128, N=24)
+    for name, choices in zip(Shape._fields, sizes, strict=True):
+        shapes += [usual._replace(**{name: size}) for size in choices]
+    lines = "".join(" ".join(map(str, shape)) + "\n" for shape in shapes)
+    result = subprocess.run([str(emulator), "takes"], input=lines, capture_output=True, text=True, check=True)
+    theirs = [line == "1" for line in result.stdout.split()]
+    assert [cuda_takes(shape) for shape in shapes] == theirs
+    assert cuda_takes(usual) and any(theirs) and not all(theirs)
+
+
 def test_shapes_beyond_the_kernels_fall_back():
-    """K or N over what the CUDA kernels take: the plain path, not an error in the middle of a step."""
-    from hdscale.ops.backend import CUDA_MOST_CODE, CUDA_MOST_LAYERS, _fits
-
-    def tensors(k: int, layers: int | None = None):
-        code = torch.empty((2, k) if layers is None else (layers, 2, k), dtype=torch.bfloat16, device="meta")
-        heads = [torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((8, k), (8,)) * 4]
-        return (code, *heads)
-
-    assert _fits("cuda", tensors(CUDA_MOST_CODE)) and _fits("cuda", tensors(8, CUDA_MOST_LAYERS))
-    assert not _fits("cuda", tensors(CUDA_MOST_CODE + 1)) and not _fits("cuda", tensors(8, CUDA_MOST_LAYERS + 1))
+    brain = torch.empty(1, dtype=torch.bfloat16, device="meta")
+    usual = Shape(B=2, T=4, D=8, A=8, K=CUDA_MOST_CODE, N=CUDA_MOST_LAYERS)
+    assert _fits("cuda", (brain,), usual)
+    assert not _fits("cuda", (brain,), usual._replace(K=CUDA_MOST_CODE + 1))
+    assert not _fits("cuda", (brain,), usual._replace(N=CUDA_MOST_LAYERS + 1))

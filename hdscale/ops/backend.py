@@ -64,14 +64,16 @@ def _first_use_errors() -> dict[str, float]:
     x = [tensor.detach() for tensor in case.x]
     kernels, heads = torch.ops.hdscale, case.heads
     ys, dxs, dzs, hiddens = [], [], [], []
+    dbias = torch.zeros_like(heads.down_bias_bias, dtype=torch.float64)
     for x_l, code, dy in zip(x, case.code.unbind(), case.dy, strict=True):
         biases = (
             torch.addmm(heads.down_bias_bias, code, heads.down_bias_weight.t()),
             torch.addmm(heads.up_bias_bias, code, heads.up_bias_weight.t()),
         )
-        y, hidden = kernels.generated_adapter(x_l, code, *heads[:4], *biases)
-        dx, dz = kernels.generated_adapter_backward(dy, hidden, code, *heads[:4])
+        y, hidden = kernels.generated_adapter(x_l, code, *heads[:4], *(bias.float() for bias in biases))
+        dx, dz, dhidden_bias = kernels.generated_adapter_backward(dy, hidden, code, *heads[:4])
         ys.append(y), dxs.append(dx), dzs.append(dz), hiddens.append(hidden)
+        dbias += dhidden_bias.double().sum(0)
     found = kernels.generated_adapter_heads_backward(
         x, dzs, hiddens, list(case.dy), case.code, heads.down_weight, heads.up_weight
     )
@@ -79,6 +81,7 @@ def _first_use_errors() -> dict[str, float]:
     dcode_of_biases = torch.stack([dz.double().sum(1) for dz in dzs]) @ heads.down_bias_weight.double()
     dcode_of_biases += torch.stack([dy.double().sum(1) for dy in case.dy]) @ heads.up_bias_weight.double()
     outputs = {"y": torch.stack(ys), "x": torch.stack(dxs), "code": found[0].double() + dcode_of_biases}
+    outputs["down_bias_bias"] = dbias
     outputs |= dict(zip(AdapterHeads._fields[:4], found[1:], strict=True))
     return {name: relative_error(output, expected[name]) for name, output in outputs.items()}
 
@@ -88,8 +91,8 @@ def _usable(backend: str) -> bool:
     return availability(backend).usable
 
 
-def resolve_backend(wanted: str, *tensors: Tensor) -> str:
-    """The backend that computes on these tensors: `cpp`, `cuda` or `torch`.
+def resolve_backend(wanted: str, *tensors: Tensor, shape: Shape | None = None) -> str:
+    """The backend that computes on these tensors, at this shape if it is given: `cpp`, `cuda` or `torch`.
 
     Raises:
         UserError: `wanted` is unknown, belongs to another device, or cannot be built here.
@@ -99,7 +102,7 @@ def resolve_backend(wanted: str, *tensors: Tensor) -> str:
     device = tensors[0].device.type
     if wanted == "auto":
         backend = {"cpu": "cpp", "cuda": "cuda"}.get(device, "torch")
-        fits = backend != "torch" and _fits(backend, tensors) and _usable(backend)
+        fits = backend != "torch" and _fits(backend, tensors, shape) and _usable(backend)
         return backend if fits else "torch"
     if wanted not in BACKENDS:
         raise UserError(f"method.backend={wanted} is unknown{nearest(wanted, BACKENDS)}")
@@ -109,27 +112,32 @@ def resolve_backend(wanted: str, *tensors: Tensor) -> str:
         reason = availability(wanted).reason
         raise UserError(f"method.backend={wanted} is not to be had here ({reason}); use method.backend=auto")
     # a type that the kernels lack falls back rather than failing: float64 in a test, float32 on a GPU
-    return wanted if _fits(wanted, tensors) else "torch"
+    return wanted if _fits(wanted, tensors, shape) else "torch"
 
 
-CUDA_MOST_CODE, CUDA_MOST_LAYERS = 512, 64
-"""What the CUDA kernels take (`csrc/gpu_tiles.h`, `csrc/gpu_launch.h`): K, and layers whose gradient is formed together."""
+CUDA_MOST_CODE, CUDA_MOST_LAYERS = 480, 64
 
 
-def few_tokens(length: int, d_model: int, dim: int) -> bool:
-    """Whether T tokens' activations are smaller than the weights generated for them: T (D + A) <= D A.
+def cuda_takes(shape: Shape) -> bool:
+    """Whether the CUDA kernels take a shape: what `takes` of `csrc/gpu_launch.h` says, before anything is launched."""
+    B, T, D, A, K, N = shape
+    most, most_blocks = 1 << 30, (1 << 31) - 1
+    instances, tokens = (64, 8) if T <= 8 else (16, 32) if T <= 32 else (8, 64)
+    return (
+        K <= CUDA_MOST_CODE
+        and N <= CUDA_MOST_LAYERS
+        and D * A < most
+        and N * B < most
+        and B * T < most
+        and -(-B // instances) * -(-T // tokens) <= 65535
+        and B * T * max(D, A) // 256 < most_blocks
+        and N * B * K // 256 < most_blocks
+    )
 
-    Beyond it, keeping generated weights costs little beside keeping what they are applied to, library matrix
-    products apply them faster (measured on CPU, hdscale/bench/results/), and the heads' gradient is a small
-    share of the work.
-    """
-    return length * (d_model + dim) <= d_model * dim
 
-
-def _fits(backend: str, tensors: tuple[Tensor, ...]) -> bool:
+def _fits(backend: str, tensors: tuple[Tensor, ...], shape: Shape | None) -> bool:
     first = tensors[0]
     same = all(tensor.dtype == first.dtype and tensor.device == first.device for tensor in tensors)
-    if backend == "cuda":
-        code = tensors[-9]  # before the eight tensors of the heads
-        same &= code.shape[-1] <= CUDA_MOST_CODE and (code.dim() < 3 or code.shape[0] <= CUDA_MOST_LAYERS)
+    if backend == "cuda" and shape is not None:
+        same = same and cuda_takes(shape)
     return same and first.dtype in _DTYPES[backend]

@@ -12,17 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdscale.ops import operator  # noqa: F401  (defines torch.ops.hdscale)
-from hdscale.ops.backend import few_tokens, resolve_backend
+from hdscale.ops.backend import resolve_backend
+from hdscale.ops.operator import by_products, few_tokens, forward_for, wide_type
 from hdscale.ops.reference import AdapterHeads, generated_adapter_reference
+from hdscale.ops.verify import Shape
 
 
 class SharedHeads(NamedTuple):
     """One layer's claim on heads that all layers of a forward pass share (see `share_heads`)."""
 
     heads: AdapterHeads
-    hidden_bias: Tensor  # [B, A], generated
-    out_bias: Tensor  # [B, D], generated
+    hidden_bias: Tensor  # [B, A], generated, float32
+    out_bias: Tensor  # [B, D], generated, float32
     tokens: list[Tensor]  # carry this layer's part of the heads' gradient; see hdscale/ops/operator.py
 
 
@@ -35,7 +36,8 @@ def generated_adapter(x: Tensor, code: Tensor, heads: AdapterHeads | SharedHeads
         heads: the hypernetwork's output heads, or one of the pairs that `share_heads` returned:
             `generated_adapter(x, *layers[l])`.
         backend: `auto` (the compiled operator where it can be had, takes these tensors and gains something,
-            else PyTorch; it gains for few tokens, see `few_tokens`), `cpp`, `cuda` or `torch`.
+            else PyTorch; with heads that are not shared it gains for few tokens only, see `few_tokens`), `cpp`,
+            `cuda` or `torch`.
 
     Returns:
         y [B, T, D], without the residual. The compiled operator keeps x, code and [B, T, A] for the backward
@@ -51,12 +53,13 @@ def generated_adapter(x: Tensor, code: Tensor, heads: AdapterHeads | SharedHeads
             x, code, *heads.heads[:4], heads.hidden_bias, heads.out_bias, heads.tokens
         )[0]
     x, code, heads = _autocast(x, code, heads)
-    few = few_tokens(x.shape[1], x.shape[2], heads.down_bias_bias.shape[0])
-    if (backend == "auto" and not few) or resolve_backend(backend, x, code, *heads) == "torch":
+    size_b, size_t, size_d = x.shape
+    size_a = heads.down_bias_bias.shape[0]
+    shape = Shape(size_b, size_t, size_d, size_a, code.shape[-1])
+    few = few_tokens(size_t, size_d, size_a)
+    if (backend == "auto" and not few) or resolve_backend(backend, x, code, *heads, shape=shape) == "torch":
         return generated_adapter_reference(x, code, heads)
-    hidden_bias = F.linear(code, heads.down_bias_weight, heads.down_bias_bias)
-    out_bias = F.linear(code, heads.up_bias_weight, heads.up_bias_bias)
-    return torch.ops.hdscale.generated_adapter(x, code, *heads[:4], hidden_bias, out_bias)[0]
+    return forward_for(x, size_a)(x, code, *heads[:4], *generated_biases(code, heads))[0]
 
 
 def share_heads(
@@ -84,14 +87,18 @@ def share_heads(
         weights) these are simply the layer's code and the heads.
     """
     _, code, heads = _autocast(None, code, heads)
-    size_n, size_a, size_d = code.shape[0], heads.down_bias_bias.shape[0], heads.up_bias_bias.shape[0]
+    size_n, size_b, size_k = code.shape
+    size_a, size_d = heads.down_bias_bias.shape[0], heads.up_bias_bias.shape[0]
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (code, *heads))
-    factors_are_small = few_tokens(length, size_d, size_a)
-    if not wanted or not factors_are_small or resolve_backend(backend, code, *heads) == "torch":
+    # The factors are 2 T (D + A) numbers for each instance and layer; what PyTorch would keep, 2 D A + T (D + A).
+    products = by_products(code.device.type, length, size_d, size_a)
+    factors_are_small = length * (size_d + size_a) <= (4 if products else 1) * size_d * size_a
+    shape = Shape(size_b, length, size_d, size_a, size_k, size_n)
+    if not wanted or not factors_are_small or resolve_backend(backend, code, *heads, shape=shape) == "torch":
         return [(layer_code, heads) for layer_code in code.unbind()]
 
-    hidden_bias = F.linear(code, heads.down_bias_weight, heads.down_bias_bias).unbind()  # N x [B, A]
-    out_bias = F.linear(code, heads.up_bias_weight, heads.up_bias_bias).unbind()  # N x [B, D]
+    biases = generated_biases(code, heads)
+    hidden_bias, out_bias = biases[0].unbind(), biases[1].unbind()  # N x [B, A], N x [B, D]
     count_uses = not torch.compiler.is_compiling()
     tokens = torch.ops.hdscale.generated_adapter_tokens(code, *heads[:4], length, size_a, count_uses)
     step = len(tokens) // size_n
@@ -104,6 +111,18 @@ def share_heads(
         )
         for layer, layer_code in enumerate(code.detach().unbind())
     ]
+
+
+def generated_biases(code: Tensor, heads: AdapterHeads) -> tuple[Tensor, Tensor]:
+    """[..., A] and [..., D], in float32 for bfloat16 heads: so their gradients are summed in float32, over instances
+    and layers, and rounded once."""
+    wide = wide_type(code.dtype)
+    with torch.autocast(code.device.type, enabled=False):
+        code = code.to(wide)
+        return (
+            F.linear(code, heads.down_bias_weight.to(wide), heads.down_bias_bias.to(wide)),
+            F.linear(code, heads.up_bias_weight.to(wide), heads.up_bias_bias.to(wide)),
+        )
 
 
 def _autocast(x: Tensor | None, code: Tensor, heads: AdapterHeads) -> tuple[Tensor | None, Tensor, AdapterHeads]:

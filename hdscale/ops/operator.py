@@ -16,7 +16,14 @@ large matrices. Two forms are offered:
   graph: activation checkpointing, `retain_graph`, `torch.compile` and gradient hooks (each parameter's
   fires once, with the whole sum) see an ordinary function.
 
-Every operator here has a plain-PyTorch implementation, used on devices for which no kernels are loaded.
+Every operator here has a plain-PyTorch implementation, used on devices for which no kernels are loaded. The
+three `generated_adapter_by_products` operators have no other: they compute the same by library matrix products
+over whole generated matrices, which a CPU does faster than tile by tile once there are many tokens (see
+`by_products`). They generate the matrices again in the backward pass too.
+
+The generated biases `hidden_bias` and `out_bias`, and their gradients, are float32 for bfloat16 tensors: the
+gradient of a bias is a sum of B * T terms of either sign into A numbers, perhaps into one, and every rounding on
+the way shows where they cancel.
 """
 
 from __future__ import annotations
@@ -27,12 +34,21 @@ from torch import Tensor
 _WEIGHTS = "Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias"
 _LAYER = f"Tensor x, Tensor code, {_WEIGHTS}, Tensor hidden_bias, Tensor out_bias"
 
+_FORWARD = f"({_LAYER}) -> (Tensor y, Tensor hidden)"
+_BACKWARD = (
+    f"(Tensor dy, Tensor hidden, Tensor code, {_WEIGHTS}) -> (Tensor dx, Tensor dz, Tensor dhidden_bias)"
+)
+_HEADS_BACKWARD = (
+    "(Tensor[] x, Tensor[] dz, Tensor[] hidden, Tensor[] dy, Tensor code, Tensor down_weight, Tensor up_weight)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_FAMILIES = ("generated_adapter", "generated_adapter_by_products")
+
 _LIBRARY = torch.library.Library("hdscale", "FRAGMENT")
 for _schema in (
-    f"generated_adapter({_LAYER}) -> (Tensor y, Tensor hidden)",
-    f"generated_adapter_backward(Tensor dy, Tensor hidden, Tensor code, {_WEIGHTS}) -> (Tensor dx, Tensor dz)",
-    "generated_adapter_heads_backward(Tensor[] x, Tensor[] dz, Tensor[] hidden, Tensor[] dy, Tensor code,"
-    " Tensor down_weight, Tensor up_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    *(f"{family}{_FORWARD}" for family in _FAMILIES),
+    *(f"{family}_backward{_BACKWARD}" for family in _FAMILIES),
+    *(f"{family}_heads_backward{_HEADS_BACKWARD}" for family in _FAMILIES),
     f"generated_adapter_tokens(Tensor code, {_WEIGHTS}, int length, int adapter_size, bool count_uses) -> Tensor[]",
     f"generated_adapter_shared({_LAYER}, Tensor[] tokens) -> (Tensor y, Tensor hidden)",
 ):
@@ -41,6 +57,34 @@ for _schema in (
 _OPS = torch.ops.hdscale
 FACTORS = 4
 """Tokens of a layer: x, dz, hidden, dy (and, where uses are counted, one more)."""
+
+
+def few_tokens(length: int, d_model: int, dim: int) -> bool:
+    """Whether T tokens' activations are smaller than the weights generated for them: T (D + A) <= D A."""
+    return length * (d_model + dim) <= d_model * dim
+
+
+def by_products(device: str, length: int, d_model: int, dim: int) -> bool:
+    """Whether library matrix products compute this faster than the tiled kernels: many tokens, on a CPU.
+
+    Small adapters stay with the kernels, which never round a generated weight: the fewer numbers a bias's gradient
+    has, the likelier it is that its terms cancel in all of them.
+    """
+    return device == "cpu" and dim >= 16 and not few_tokens(length, d_model, dim)
+
+
+def _family(x: Tensor, dim: int) -> str:
+    return _FAMILIES[1 if by_products(x.device.type, x.shape[1], x.shape[2], dim) else 0]
+
+
+def forward_for(x: Tensor, dim: int):
+    """The operator that computes x's adapters: by tiles or by library products."""
+    return getattr(_OPS, _family(x, dim))
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which biases are generated and their gradients summed."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 # ---- plain implementations -------------------------------------------------------------------------------
@@ -53,29 +97,45 @@ def _generate(code: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:
 
 def _forward(x, code, down_weight, down_bias, up_weight, up_bias, hidden_bias, out_bias):
     down = _generate(code, down_weight, down_bias, x.shape[2])
-    hidden = torch.baddbmm(hidden_bias.unsqueeze(1), x, down).relu()
+    hidden = torch.baddbmm(hidden_bias.unsqueeze(1).to(x.dtype), x, down).relu_()
+    del down
     up = _generate(code, up_weight, up_bias, hidden.shape[2])
-    return torch.baddbmm(out_bias.unsqueeze(1), hidden, up), hidden
+    return torch.baddbmm(out_bias.unsqueeze(1).to(x.dtype), hidden, up), hidden
 
 
 def _backward(dy, hidden, code, down_weight, down_bias, up_weight, up_bias):
     up = _generate(code, up_weight, up_bias, hidden.shape[2])
-    dz = torch.bmm(dy, up.transpose(1, 2)).masked_fill(hidden <= 0, 0)
+    dz = torch.bmm(dy, up.transpose(1, 2)).masked_fill_(hidden <= 0, 0)
+    del up
     down = _generate(code, down_weight, down_bias, dy.shape[2])
-    return torch.bmm(dz, down.transpose(1, 2)), dz
+    return torch.bmm(dz, down.transpose(1, 2)), dz, dz.sum(1, dtype=wide_type(dz.dtype))
+
+
+PARTIAL_SUMS = 4
+"""Of the heads' gradient: layers are taken together so that no more are rounded on the way."""
 
 
 def _heads_backward(x, dz, hidden, dy, code, down_weight, up_weight):
-    wide = torch.promote_types(code.dtype, torch.float32)
-    dcodes: list[Tensor] = []
-    sums: list[Tensor] = []
-    for layer in range(len(x)):
-        d_down = torch.bmm(x[layer].transpose(1, 2), dz[layer]).flatten(1)
-        d_up = torch.bmm(hidden[layer].transpose(1, 2), dy[layer]).flatten(1)
-        dcodes.append(d_down @ down_weight + d_up @ up_weight)
-        parts = (d_down.t() @ code[layer], d_down.sum(0), d_up.t() @ code[layer], d_up.sum(0))
-        sums = [part.to(wide) for part in parts] if not sums else [s.add_(p) for s, p in zip(sums, parts, strict=True)]
-    return (torch.stack(dcodes), *(total.to(code.dtype) for total in sums))
+    layers, size_b, size_k = code.shape
+    together = -(-layers // PARTIAL_SUMS)
+    dcode = code.new_zeros(code.shape, dtype=wide_type(code.dtype))
+    found: list[Tensor] = []
+    for weight, inputs, grads in ((down_weight, x, dz), (up_weight, hidden, dy)):
+        dweight, dbias = torch.zeros_like(weight), dcode.new_zeros(weight.shape[0])
+        generated = weight.new_empty(together, size_b, inputs[0].shape[2], grads[0].shape[2])
+        for first in range(0, layers, together):
+            some = slice(first, min(first + together, layers))
+            count = some.stop - some.start
+            for place, layer in enumerate(range(some.start, some.stop)):
+                torch.bmm(inputs[layer].transpose(1, 2), grads[layer], out=generated[place])
+            gradient = generated[:count].view(count * size_b, weight.shape[0])
+            codes = code[some].reshape(count * size_b, size_k)
+            # the first product is written, not added to zeros
+            torch.addmm(dweight, gradient.t(), codes, beta=int(first > 0), out=dweight)
+            dbias += gradient.sum(0)
+            dcode[some] += (gradient @ weight).view(count, size_b, size_k)
+        found += [dweight, dbias.to(code.dtype)]
+    return (dcode.to(code.dtype), *found)
 
 
 def _tokens(code, down_weight, down_bias, up_weight, up_bias, length, adapter_size, count_uses):
@@ -91,13 +151,13 @@ def _tokens(code, down_weight, down_bias, up_weight, up_bias, length, adapter_si
 
 
 def _shared(x, code, down_weight, down_bias, up_weight, up_bias, hidden_bias, out_bias, tokens):
-    return _OPS.generated_adapter(x, code, down_weight, down_bias, up_weight, up_bias, hidden_bias, out_bias)
+    return forward_for(x, hidden_bias.shape[1])(x, code, down_weight, down_bias, up_weight, up_bias, hidden_bias, out_bias)
 
 
 for _name, _function in (
-    ("generated_adapter", _forward),
-    ("generated_adapter_backward", _backward),
-    ("generated_adapter_heads_backward", _heads_backward),
+    *((family, _forward) for family in _FAMILIES),
+    *((f"{family}_backward", _backward) for family in _FAMILIES),
+    *((f"{family}_heads_backward", _heads_backward) for family in _FAMILIES),
     ("generated_adapter_tokens", _tokens),
     ("generated_adapter_shared", _shared),
 ):
@@ -107,25 +167,17 @@ for _name, _function in (
 # ---- shapes for tracing ----------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("hdscale::generated_adapter", lib=_LIBRARY)
-def _(x, code, down_weight, down_bias, up_weight, up_bias, hidden_bias, out_bias):
+def _forward_shapes(x, code, down_weight, down_bias, up_weight, up_bias, hidden_bias, out_bias):
     size_b, size_t, size_d = x.shape
     return x.new_empty(size_b, size_t, size_d), x.new_empty(size_b, size_t, hidden_bias.shape[1])
 
 
-@torch.library.register_fake("hdscale::generated_adapter_shared", lib=_LIBRARY)
-def _(x, code, down_weight, down_bias, up_weight, up_bias, hidden_bias, out_bias, tokens):
-    size_b, size_t, size_d = x.shape
-    return x.new_empty(size_b, size_t, size_d), x.new_empty(size_b, size_t, hidden_bias.shape[1])
+def _backward_shapes(dy, hidden, code, down_weight, down_bias, up_weight, up_bias):
+    sums = hidden.new_empty(hidden.shape[0], hidden.shape[2], dtype=wide_type(hidden.dtype))
+    return dy.new_empty(dy.shape), hidden.new_empty(hidden.shape), sums
 
 
-@torch.library.register_fake("hdscale::generated_adapter_backward", lib=_LIBRARY)
-def _(dy, hidden, code, down_weight, down_bias, up_weight, up_bias):
-    return dy.new_empty(dy.shape), hidden.new_empty(hidden.shape)
-
-
-@torch.library.register_fake("hdscale::generated_adapter_heads_backward", lib=_LIBRARY)
-def _(x, dz, hidden, dy, code, down_weight, up_weight):
+def _heads_backward_shapes(x, dz, hidden, dy, code, down_weight, up_weight):
     rows, size_k = down_weight.shape
     return (
         code.new_empty(code.shape),
@@ -136,7 +188,14 @@ def _(x, dz, hidden, dy, code, down_weight, up_weight):
     )
 
 
-torch.library.register_fake("hdscale::generated_adapter_tokens", _tokens, lib=_LIBRARY)
+for _name, _shapes in (
+    *((family, _forward_shapes) for family in _FAMILIES),
+    *((f"{family}_backward", _backward_shapes) for family in _FAMILIES),
+    *((f"{family}_heads_backward", _heads_backward_shapes) for family in _FAMILIES),
+    ("generated_adapter_tokens", _tokens),
+    ("generated_adapter_shared", lambda *arguments: _forward_shapes(*arguments[:-1])),
+):
+    torch.library.register_fake(f"hdscale::{_name}", _shapes, lib=_LIBRARY)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------
@@ -151,12 +210,14 @@ def _keep_layer(ctx, inputs, output) -> None:
 
 def _layer_backward(ctx, dy, _):
     x, code, down_weight, down_bias, up_weight, up_bias, hidden = ctx.saved_tensors
-    dx, dz = _OPS.generated_adapter_backward(dy, hidden, code, down_weight, down_bias, up_weight, up_bias)
+    family = _family(x, hidden.shape[2])
+    backward, heads_backward = getattr(_OPS, f"{family}_backward"), getattr(_OPS, f"{family}_heads_backward")
+    dx, dz, dhidden_bias = backward(dy, hidden, code, down_weight, down_bias, up_weight, up_bias)
     heads = (None,) * 5
     if any(ctx.needs_input_grad[1:6]):
-        dcode, *rest = _OPS.generated_adapter_heads_backward([x], [dz], [hidden], [dy], code.unsqueeze(0), down_weight, up_weight)
+        dcode, *rest = heads_backward([x], [dz], [hidden], [dy], code.unsqueeze(0), down_weight, up_weight)
         heads = (dcode.squeeze(0), *rest)
-    return dx, *heads, dz.sum(1), dy.sum(1)
+    return dx, *heads, dhidden_bias, dy.sum(1, dtype=wide_type(dy.dtype))
 
 
 def _keep_tokens(ctx, inputs, output) -> None:
@@ -179,7 +240,8 @@ def _tokens_backward(ctx, factors):
             "gradients cannot be told apart, so call share_heads once for each use"
         )
     some = code if len(used) == code.shape[0] else code[used]
-    dcode, *heads = _OPS.generated_adapter_heads_backward(*lists[:FACTORS], some, down_weight, up_weight)
+    heads_backward = getattr(_OPS, f"{_family(lists[0][0], lists[1][0].shape[2])}_heads_backward")
+    dcode, *heads = heads_backward(*lists[:FACTORS], some, down_weight, up_weight)
     if some is not code:
         dcode = code.new_zeros(code.shape).index_copy(0, torch.tensor(used, device=code.device), dcode)
     return dcode, *heads, None, None, None
@@ -192,21 +254,40 @@ def _keep_shared(ctx, inputs, output) -> None:
 
 def _shared_backward(ctx, dy, _):
     x, code, down_weight, down_bias, up_weight, up_bias, hidden = ctx.saved_tensors
-    dx, dz = _OPS.generated_adapter_backward(dy, hidden, code, down_weight, down_bias, up_weight, up_bias)
+    backward = getattr(_OPS, f"{_family(x, hidden.shape[2])}_backward")
+    dx, dz, dhidden_bias = backward(dy, hidden, code, down_weight, down_bias, up_weight, up_bias)
     factors = [x, dz, hidden, dy]
     if ctx.count_uses:
         factors.append(torch.ones((), device="cpu"))
-    return dx, None, None, None, None, None, dz.sum(1), dy.sum(1), factors
+    return dx, None, None, None, None, None, dhidden_bias, dy.sum(1, dtype=wide_type(dy.dtype)), factors
 
 
 for _name, _gradient, _keep in (
-    ("generated_adapter", _layer_backward, _keep_layer),
+    *((family, _layer_backward, _keep_layer) for family in _FAMILIES),
     ("generated_adapter_tokens", _tokens_backward, _keep_tokens),
     ("generated_adapter_shared", _shared_backward, _keep_shared),
 ):
     torch.library.register_autograd(f"hdscale::{_name}", _gradient, setup_context=_keep, lib=_LIBRARY)
 
-# Under autocast the operator computes in bfloat16, as a matrix product would.
-for _name in ("generated_adapter", "generated_adapter_tokens", "generated_adapter_shared"):
-    for _device in ("cpu", "cuda"):
-        torch.library.register_autocast(f"hdscale::{_name}", _device, torch.bfloat16, lib=_LIBRARY)
+# Under autocast the operator computes in bfloat16, as a matrix product would; the generated biases stay float32.
+def _autocast_to_brain(name: str, key: str) -> None:
+    operator = getattr(_OPS, name)
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(position: int, argument):
+        wanted = torch.float32 if position in (6, 7) else torch.bfloat16
+        if isinstance(argument, list):
+            return [cast(0, tensor) if tensor.dim() else tensor for tensor in argument]
+        floating = torch.is_tensor(argument) and argument.is_floating_point() and argument.dtype != torch.float64
+        return argument.to(wanted) if floating else argument
+
+    def call(*arguments):
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return operator(*(cast(*pair) for pair in enumerate(arguments)))
+
+    _LIBRARY.impl(name, call, key)
+
+
+for _name in (*_FAMILIES, "generated_adapter_tokens", "generated_adapter_shared"):
+    for _key in ("AutocastCPU", "AutocastCUDA"):
+        _autocast_to_brain(_name, _key)

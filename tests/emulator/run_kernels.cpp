@@ -39,6 +39,27 @@ struct Tensor {
   double operator[](size_t i) const { return values[i]; }
 };
 
+struct Floats {
+  size_t count;
+  Guarded<float> values;
+
+  explicit Floats(size_t n) : count(n), values(n) {}
+  Floats& random(double scale) {
+    std::normal_distribution<double> normal(0, scale);
+    for (size_t i = 0; i < count; ++i) values.data()[i] = float(normal(generator));
+    return *this;
+  }
+  float operator[](size_t i) { return values.data()[i]; }
+};
+
+// `takes`: one line "B T D A K N" in, 1 or 0 out.
+int say_what_is_taken() {
+  long long B, T, D, A, K, N;
+  while (scanf("%lld %lld %lld %lld %lld %lld", &B, &T, &D, &A, &K, &N) == 6)
+    printf("%d\n", int(gpu::takes(Sizes{B, T, D, A, K}, N)));
+  return 0;
+}
+
 void report(const char* name, Tensor& out, const std::vector<double>& reference) {
   out.fetch();
   double difference = 0, norm = 0;
@@ -59,6 +80,7 @@ struct EmulatedLaunch {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 2 && std::string(argv[1]) == "takes") return say_what_is_taken();
   if (argc != 8) emulator::fail("usage: run_kernels B T D A K N seed");
   const Sizes s{atol(argv[1]), atol(argv[2]), atol(argv[3]), atol(argv[4]), atol(argv[5])};
   const int64_t B = s.B, T = s.T, D = s.D, A = s.A, K = s.K, N = atol(argv[6]);
@@ -89,18 +111,20 @@ int main(int argc, char** argv) {
     x.emplace_back(new Tensor(B * T * D)), dy.emplace_back(new Tensor(B * T * D));
     hidden.emplace_back(new Tensor(B * T * A)), dz.emplace_back(new Tensor(B * T * A));
     Tensor &x_l = x.back()->random(1), &dy_l = dy.back()->random(1), &hidden_l = *hidden.back(), &dz_l = *dz.back();
-    Tensor hidden_bias(B * A), out_bias(B * D), y(B * T * D), dx(B * T * D);
+    Tensor y(B * T * D), dx(B * T * D);
+    Floats hidden_bias(B * A), out_bias(B * D), dhidden_bias(B * A);
     hidden_bias.random(0.3), out_bias.random(0.3);
     Brain* layer_code = code.bits.data() + layer * B * K;
     gpu::forward(launch,
                  ForwardArguments{s, Element::bfloat16, x_l.bits.data(), layer_code, down_weight.bits.data(),
                                   down_bias.bits.data(), up_weight.bits.data(), up_bias.bits.data(),
-                                  hidden_bias.bits.data(), out_bias.bits.data(), y.bits.data(), hidden_l.bits.data()},
+                                  hidden_bias.values.data(), out_bias.values.data(), y.bits.data(), hidden_l.bits.data()},
                  workspace.data());
     gpu::backward(launch,
                   BackwardArguments{s, Element::bfloat16, dy_l.bits.data(), hidden_l.bits.data(), layer_code,
                                     down_weight.bits.data(), down_bias.bits.data(), up_weight.bits.data(),
-                                    up_bias.bits.data(), dx.bits.data(), dz_l.bits.data()},
+                                    up_bias.bits.data(), dx.bits.data(), dz_l.bits.data(),
+                                    dhidden_bias.values.data()},
                   workspace.data());
     hidden_l.fetch(), dz_l.fetch();
     std::vector<double> ref_hidden(B * T * A), ref_y(B * T * D), ref_dz(B * T * A), ref_dx(B * T * D);
@@ -134,6 +158,19 @@ int main(int argc, char** argv) {
     report("y", y, ref_y);
     report("dz", dz_l, ref_dz);
     report("dx", dx, ref_dx);
+    // a sum over tokens of either sign: judged beside the root of its terms' squares, since what rounding the generated
+    // weights to bfloat16 does to each term does not cancel where the terms do
+    double difference = 0, terms = 0;
+    for (int64_t n = 0; n < B; ++n)
+      for (int64_t a = 0; a < A; ++a) {
+        double sum = 0;
+        for (int64_t t = 0; t < T; ++t) {
+          const double term = ref_dz[(n * T + t) * A + a];
+          sum += term, terms += term * term;
+        }
+        difference += (dhidden_bias[n * A + a] - sum) * (dhidden_bias[n * A + a] - sum);
+      }
+    printf("dhidden_bias %.6e\n", std::sqrt(difference / (terms > 0 ? terms : 1)));
     for (int64_t n = 0; n < B; ++n) {
       const int64_t m = layer * B + n;
       for (int64_t head = 0; head < 2; ++head) {

@@ -18,20 +18,23 @@ struct Sizes {
   int64_t B, T, D, A, K;
 };
 
-// y = ReLU(x down + hidden_bias) up + out_bias, with down = W_down code + b_down and up = W_up code + b_up.
+// y = ReLU(x down + hidden_bias) up + out_bias, with down = W_down code + b_down and up = W_up code + b_up. The generated
+// biases are float32 whatever the element: their gradients are sums over few numbers, where rounding would show.
 struct ForwardArguments {
   Sizes sizes;
   Element element;
-  const void *x, *code, *down_weight, *down_bias, *up_weight, *up_bias, *hidden_bias, *out_bias;
+  const void *x, *code, *down_weight, *down_bias, *up_weight, *up_bias;
+  const float *hidden_bias, *out_bias;  // [B, A], [B, D]
   void *y, *hidden;  // [B, T, D], [B, T, A]
 };
 
-// dz = (dy up^T) where hidden > 0, dx = dz down^T.
+// dz = (dy up^T) where hidden > 0, dx = dz down^T, and dz's sum over the tokens, taken before dz is rounded.
 struct BackwardArguments {
   Sizes sizes;
   Element element;
   const void *dy, *hidden, *code, *down_weight, *down_bias, *up_weight, *up_bias;
   void *dx, *dz;  // [B, T, D], [B, T, A]
+  float* dhidden_bias;  // [B, A]
 };
 
 // The heads' gradient and the codes', for N layers at once: the pointers x, dz, hidden and dy are one per layer.

@@ -56,26 +56,27 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor code, Tensor down_weight, Te
   Tensor hidden = torch::stable::new_empty(x, {sizes.B, sizes.T, sizes.A});
   if (x.numel() != 0) {
     kernels().forward({sizes, element_of(x), x.data_ptr(), code.data_ptr(), down_weight.data_ptr(),
-                       down_bias.data_ptr(), up_weight.data_ptr(), up_bias.data_ptr(), hidden_bias.data_ptr(),
-                       out_bias.data_ptr(), y.data_ptr(), hidden.data_ptr()},
+                       down_bias.data_ptr(), up_weight.data_ptr(), up_bias.data_ptr(), static_cast<const float*>(hidden_bias.data_ptr()),
+                       static_cast<const float*>(out_bias.data_ptr()), y.data_ptr(), hidden.data_ptr()},
                       aten_pool());
   }
   return {y, hidden};
 }
 
-std::tuple<Tensor, Tensor> backward(Tensor dy, Tensor hidden, Tensor code, Tensor down_weight, Tensor down_bias,
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor hidden, Tensor code, Tensor down_weight, Tensor down_bias,
                                     Tensor up_weight, Tensor up_bias) {
   const Sizes sizes = check_backward(dy, hidden, code, down_weight, down_bias, up_weight, up_bias);
   make_contiguous(dy, hidden, code, down_weight, down_bias, up_weight, up_bias);
   Tensor dx = torch::stable::new_empty(dy, {sizes.B, sizes.T, sizes.D});
   Tensor dz = torch::stable::new_empty(dy, {sizes.B, sizes.T, sizes.A});
+  Tensor dhidden_bias = dy.numel() != 0 ? empty_floats(dy, {sizes.B, sizes.A}) : zero_floats(dy, {sizes.B, sizes.A});
   if (dy.numel() != 0) {
     kernels().backward({sizes, element_of(dy), dy.data_ptr(), hidden.data_ptr(), code.data_ptr(),
                         down_weight.data_ptr(), down_bias.data_ptr(), up_weight.data_ptr(), up_bias.data_ptr(),
-                        dx.data_ptr(), dz.data_ptr()},
+                        dx.data_ptr(), dz.data_ptr(), static_cast<float*>(dhidden_bias.data_ptr())},
                        aten_pool());
   }
-  return {dx, dz};
+  return {dx, dz, dhidden_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> heads_backward(std::vector<Tensor> x, std::vector<Tensor> dz,
@@ -91,14 +92,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> heads_backward(std::vector<Te
       pointers[which].push_back(tensor.data_ptr());
     }
   const int64_t N = int64_t(x.size());
+  const bool any = N * sizes.B * sizes.T != 0;
   const auto fresh = [&](std::initializer_list<int64_t> shape) {
-    return torch::stable::new_zeros(code, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()));
+    const torch::headeronly::IntHeaderOnlyArrayRef sizes_ref(shape.begin(), shape.size());
+    return any ? torch::stable::new_empty(code, sizes_ref) : torch::stable::new_zeros(code, sizes_ref);
   };
   const int64_t entries = sizes.D * sizes.A;
   Tensor dcode = fresh({N, sizes.B, sizes.K});
   Tensor ddown_weight = fresh({entries, sizes.K}), ddown_bias = fresh({entries});
   Tensor dup_weight = fresh({entries, sizes.K}), dup_bias = fresh({entries});
-  if (N * sizes.B * sizes.T != 0) {
+  if (any) {
     kernels().heads_backward({sizes, N, element_of(code), pointers[0].data(), pointers[1].data(), pointers[2].data(),
                               pointers[3].data(), code.data_ptr(), down_weight.data_ptr(), up_weight.data_ptr(),
                               dcode.data_ptr(), ddown_weight.data_ptr(), ddown_bias.data_ptr(), dup_weight.data_ptr(),

@@ -62,13 +62,13 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor code, Tensor down_weight, Te
     gpu::forward(launch,
                  ForwardArguments{sizes, Element::bfloat16, x.data_ptr(), code.data_ptr(), down_weight.data_ptr(),
                                   down_bias.data_ptr(), up_weight.data_ptr(), up_bias.data_ptr(),
-                                  hidden_bias.data_ptr(), out_bias.data_ptr(), y.data_ptr(), hidden.data_ptr()},
+                                  static_cast<const float*>(hidden_bias.data_ptr()), static_cast<const float*>(out_bias.data_ptr()), y.data_ptr(), hidden.data_ptr()},
                  static_cast<float*>(scratch.data_ptr()));
   }
   return {y, hidden};
 }
 
-std::tuple<Tensor, Tensor> backward(Tensor dy, Tensor hidden, Tensor code, Tensor down_weight, Tensor down_bias,
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor hidden, Tensor code, Tensor down_weight, Tensor down_bias,
                                     Tensor up_weight, Tensor up_bias) {
   const Sizes sizes = check_backward(dy, hidden, code, down_weight, down_bias, up_weight, up_bias);
   expect_supported(sizes, 1, dy);
@@ -76,16 +76,17 @@ std::tuple<Tensor, Tensor> backward(Tensor dy, Tensor hidden, Tensor code, Tenso
   make_contiguous(dy, hidden, code, down_weight, down_bias, up_weight, up_bias);
   Tensor dx = torch::stable::new_empty(dy, {sizes.B, sizes.T, sizes.D});
   Tensor dz = torch::stable::new_empty(dy, {sizes.B, sizes.T, sizes.A});
+  Tensor dhidden_bias = dy.numel() != 0 ? empty_floats(dy, {sizes.B, sizes.A}) : zero_floats(dy, {sizes.B, sizes.A});
   if (dy.numel() != 0) {
     Tensor scratch = workspace(dy, gpu::contract_workspace(sizes));
     StreamLaunch launch(dy);
     gpu::backward(launch,
                   BackwardArguments{sizes, Element::bfloat16, dy.data_ptr(), hidden.data_ptr(), code.data_ptr(),
                                     down_weight.data_ptr(), down_bias.data_ptr(), up_weight.data_ptr(),
-                                    up_bias.data_ptr(), dx.data_ptr(), dz.data_ptr()},
+                                    up_bias.data_ptr(), dx.data_ptr(), dz.data_ptr(), static_cast<float*>(dhidden_bias.data_ptr())},
                   static_cast<float*>(scratch.data_ptr()));
   }
-  return {dx, dz};
+  return {dx, dz, dhidden_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> heads_backward(std::vector<Tensor> x, std::vector<Tensor> dz,

@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(kThreads) contract_kernel(ContractArguments a)
 
 struct FinishArguments {
   const float* partial;  // [parts][count]
-  const Brain *bias;     // [count / (T * C), C], or null
-  const Brain *mask;     // [count]: results whose mask is not positive become zero; or null
+  const float* bias;     // [count / (T * C), C], or null
+  const Brain* mask;     // [count]: results whose mask is not positive become zero; or null
   Brain* out;
   int64_t count;
   int parts, T, C;
@@ -197,10 +197,33 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(FinishArguments a) {
   if (index >= a.count) return;
   float sum = 0.f;
   for (int part = 0; part < a.parts; ++part) sum += a.partial[part * a.count + index];
-  if (a.bias != nullptr) sum += widen(a.bias[index / (int64_t(a.T) * a.C) * a.C + index % a.C]);
+  if (a.bias != nullptr) sum += a.bias[index / (int64_t(a.T) * a.C) * a.C + index % a.C];
   if (a.relu && sum < 0.f) sum = 0.f;
   if (a.mask != nullptr && !(widen(a.mask[index]) > 0.f)) sum = 0.f;
   a.out[index] = narrow(sum);
+}
+
+struct TokenSumArguments {
+  const float* partial;  // [parts][count / (T * C)][T][C]
+  const Brain* mask;     // [count]: results whose mask is not positive count as zero
+  float* out;            // [count / (T * C)][C]
+  int64_t count;
+  int parts, T, C;
+};
+
+// out = the sum over the tokens of what finish_kernel makes of the same parts, before it rounds.
+__global__ void __launch_bounds__(kThreads) token_sum_kernel(TokenSumArguments a) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= a.count / a.T) return;
+  float total = 0.f;
+  for (int t = 0; t < a.T; ++t) {
+    const int64_t at = (index / a.C * a.T + t) * a.C + index % a.C;
+    if (!(widen(a.mask[at]) > 0.f)) continue;
+    float sum = 0.f;
+    for (int part = 0; part < a.parts; ++part) sum += a.partial[part * a.count + at];
+    total += sum;
+  }
+  a.out[index] = total;
 }
 
 struct HeadGradientArguments {

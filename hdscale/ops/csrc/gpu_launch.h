@@ -15,14 +15,17 @@ struct Grid {
 
 constexpr int kTargetBlocks = 264;  // two for each multiprocessor of a large GPU
 constexpr int64_t kMaxGridZ = 65535;
+constexpr int64_t kMaxGridX = 2147483647;
 
-// Whether the kernels take this shape; the caller falls back to PyTorch where they do not.
+// Whether the kernels take this shape; the caller falls back to PyTorch where they do not (`cuda_takes` in
+// hdscale/ops/backend.py says the same before anything is launched; a test holds the two together).
 inline bool takes(const Sizes& s, int64_t layers) {
   const int64_t most = int64_t(1) << 30;
   const ContractBlock block = contract_block(int(s.T < most ? s.T : most));
   const int64_t groups = (s.B + block.instances - 1) / block.instances, parts = (s.T + block.tokens - 1) / block.tokens;
   return s.K <= kMaxCode && layers <= kMaxLayers && s.D * s.A < most && layers * s.B < most && s.B * s.T < most &&
-         groups * parts <= kMaxGridZ;
+         groups * parts <= kMaxGridZ && s.B * s.T * (s.D > s.A ? s.D : s.A) / kThreads < kMaxGridX &&
+         layers * s.B * s.K / kThreads < kMaxGridX;
 }
 
 inline bool aligned(const void* p, unsigned bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
@@ -85,12 +88,12 @@ template <class Launch>
 void forward(Launch& launch, const ForwardArguments& f, float* workspace) {
   const int D = int(f.sizes.D), A = int(f.sizes.A);
   FinishArguments finish{};
-  finish.bias = static_cast<const Brain*>(f.hidden_bias);
+  finish.bias = f.hidden_bias;
   finish.out = static_cast<Brain*>(f.hidden);
   finish.relu = true;
   contract(launch, f.sizes, f.down_weight, f.down_bias, f.code, f.x, D, A, true, workspace, finish);
   finish = {};
-  finish.bias = static_cast<const Brain*>(f.out_bias);
+  finish.bias = f.out_bias;
   finish.out = static_cast<Brain*>(f.y);
   contract(launch, f.sizes, f.up_weight, f.up_bias, f.code, f.hidden, A, D, true, workspace, finish);
 }
@@ -102,6 +105,14 @@ void backward(Launch& launch, const BackwardArguments& b, float* workspace) {
   finish.mask = static_cast<const Brain*>(b.hidden);
   finish.out = static_cast<Brain*>(b.dz);
   contract(launch, b.sizes, b.up_weight, b.up_bias, b.code, b.dy, A, D, false, workspace, finish);
+  TokenSumArguments sums{};
+  sums.partial = workspace;
+  sums.mask = finish.mask;
+  sums.out = b.dhidden_bias;
+  sums.count = b.sizes.B * b.sizes.T * b.sizes.A;
+  sums.parts = contract_splits(int(b.sizes.B), int(b.sizes.T), A, D);
+  sums.T = int(b.sizes.T), sums.C = A;
+  launch(token_sum_kernel, Grid{unsigned((b.sizes.B * A + kThreads - 1) / kThreads), 1, 1}, 0, sums);
   finish = {};
   finish.out = static_cast<Brain*>(b.dx);
   contract(launch, b.sizes, b.down_weight, b.down_bias, b.code, b.dz, D, A, false, workspace, finish);

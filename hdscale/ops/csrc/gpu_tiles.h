@@ -22,7 +22,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kSamples = 64;                // samples (instance, layer) of one step of the heads' gradient
 constexpr int kCodeColumns = 128;           // columns of K that one block of the heads' gradient covers
 constexpr int kMaxLayers = 64;              // layers whose pointers fit a kernel's parameters
-constexpr int kMaxCode = 512;               // K whose codes fit in shared memory
+constexpr int kMaxCode = 480;               // K whose codes fit in the 99 KB of shared memory that compute capability 8.6 has
 constexpr int kPad = 8;                     // bfloat16s that keep rows of shared memory off each other's banks
 constexpr int kStepStride = kTile + 2;      // row stride of a generated tile in shared memory
 

@@ -24,6 +24,12 @@ inline void expect_shape(const Tensor& tensor, std::initializer_list<int64_t> sh
   STD_TORCH_CHECK(same, "hdscale: ", name, " has the wrong shape, dtype or device for the other arguments");
 }
 
+inline void expect_floats(const Tensor& tensor, int64_t rows, int64_t columns, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns &&
+                      tensor.scalar_type() == torch::headeronly::ScalarType::Float && tensor.device() == like.device(),
+                  "hdscale: ", name, " has the wrong shape or device for the other arguments, or is not float32");
+}
+
 inline void expect_element(const Tensor& tensor) {
   const auto type = tensor.scalar_type();
   STD_TORCH_CHECK(type == torch::headeronly::ScalarType::Float || type == torch::headeronly::ScalarType::BFloat16,
@@ -46,8 +52,8 @@ inline Sizes check_forward(const Tensor& x, const Tensor& code, const Tensor& do
   expect_heads(s, code, down_weight, up_weight, x);
   expect_shape(down_bias, {s.D * s.A}, x, "down_bias");
   expect_shape(up_bias, {s.D * s.A}, x, "up_bias");
-  expect_shape(hidden_bias, {s.B, s.A}, x, "hidden_bias");
-  expect_shape(out_bias, {s.B, s.D}, x, "out_bias");
+  expect_floats(hidden_bias, s.B, s.A, x, "hidden_bias");
+  expect_floats(out_bias, s.B, s.D, x, "out_bias");
   return s;
 }
 
@@ -82,6 +88,16 @@ inline Sizes check_heads_backward(const std::vector<Tensor>& x, const std::vecto
     expect_shape(dy[layer], {s.B, s.T, s.D}, code, "dy");
   }
   return s;
+}
+
+inline Tensor empty_floats(const Tensor& like, std::initializer_list<int64_t> shape) {
+  const torch::headeronly::IntHeaderOnlyArrayRef sizes(shape.begin(), shape.size());
+  return torch::stable::new_empty(like, sizes, torch::headeronly::ScalarType::Float);
+}
+
+inline Tensor zero_floats(const Tensor& like, std::initializer_list<int64_t> shape) {
+  const torch::headeronly::IntHeaderOnlyArrayRef sizes(shape.begin(), shape.size());
+  return torch::stable::new_zeros(like, sizes, torch::headeronly::ScalarType::Float);
 }
 
 template <class... Tensors>

@@ -32,15 +32,8 @@ class AdaptedStack:
         past_key_values: Any = None,
         use_cache: bool | None = None,
         adaptation: Adaptation | None = None,
-        most_targets: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Transformers' arguments, and two more.
-
-        Args:
-            adaptation: of this stack.
-            most_targets: how many tokens a cache will see in all, if that is known: few need no keys and values of the source.
-        """
         if input_ids is None or any(kwargs.values()) or not self._is_plain(
             input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache
         ):  # fmt: skip
@@ -69,8 +62,7 @@ class AdaptedStack:
         x = self.dropout(x)
         # nobody needs to add a causal mask to one that has it
         rest = {"past_key_values": past_key_values, "adaptation": adaptation, "is_causal": False}
-        targets = length if past_key_values is None else most_targets
-        if self.is_decoder and targets and self._source_unprojected(targets, encoder_hidden_states, adaptation):
+        if self.is_decoder and past_key_values is None and self._source_unprojected(length, encoder_hidden_states, adaptation):
             rest["source_unprojected"] = True
         for block in self.block:
             x, _, _ = block(x, None, own, encoder_hidden_states, None, cross_bias, **rest)

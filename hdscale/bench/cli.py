@@ -10,6 +10,7 @@ BENCHES: dict[str, tuple[str, str]] = {
     "step": ("hdscale.bench.step", "training steps against the released manner, a plain adapter and full fine-tuning"),
     "decode": ("hdscale.bench.decode", "decoding and evaluation against the released manner"),
     "memory": ("hdscale.bench.memory", "the plan's memory against measured peaks"),
+    "curves": ("hdscale.bench.curves", "losses of a fast run against a plain one"),
     "op": ("hdscale.bench.op", "the generated-adapter operator against matmul + bmm"),
 }
 

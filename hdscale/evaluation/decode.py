@@ -79,7 +79,7 @@ def global_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 class Decoder:
     """Turns batches of tokenised rows into `Prediction`s with a model that has `generate` and
-    `log_likelihood`.
+    `log_likelihood`, or `generate_with_scores`, whose scores need no second pass.
 
     Args:
         model: an `hdscale` model, or any object with the same `generate(input_ids, attention_mask,
@@ -117,15 +117,22 @@ class Decoder:
         if self.lockstep:
             arguments["synced_gpus"] = True
         with evaluation_mode(self.model):
-            ids = self.model.generate(input_ids, attention_mask, task_ids=task_ids, **arguments)
+            log_likelihood = None
+            if self.scored and hasattr(self.model, "generate_with_scores"):
+                ids, log_likelihood = self.model.generate_with_scores(
+                    input_ids, attention_mask, task_ids=task_ids, **arguments
+                )
+            else:
+                ids = self.model.generate(input_ids, attention_mask, task_ids=task_ids, **arguments)
             generated = ids[:, 1:]  # [B, T], without the decoder's start token
             kept = tokens_kept(generated, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
             scores: list[float] | list[None] = [None] * len(rows)
             if self.scored:
-                labels = generated.masked_fill(~kept, -100)
-                log_likelihood = self.model.log_likelihood(
-                    input_ids, attention_mask, labels, task_ids=task_ids
-                )
+                if log_likelihood is None:
+                    labels = generated.masked_fill(~kept, -100)
+                    log_likelihood = self.model.log_likelihood(
+                        input_ids, attention_mask, labels, task_ids=task_ids
+                    )
                 scores = [round(value, SCORE_DECIMALS) for value in log_likelihood.double().tolist()]
         texts = self.tokenizer.batch_decode(
             generated.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False

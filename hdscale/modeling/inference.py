@@ -164,8 +164,8 @@ def cheaper_to_project(tokens: int, source: int, d_model: int, d_kv: int) -> boo
     4 D H d_kv + 4 S D H a token. Half of the tokens at which the two are even is taken: many small products are slower than a
     large one.
     """
-    even = source * d_kv / (d_kv + source * (1 - d_kv / d_model)) if d_model > d_kv else 0.0
-    return tokens > even / 2
+    per_token = d_kv + source * (1 - d_kv / d_model)
+    return 2 * tokens * per_token > source * d_kv
 
 
 def project(attention: nn.Module, kind: str, name: str, layer: int, x: Tensor, adaptation: Adaptation | None) -> Tensor:

@@ -18,6 +18,7 @@ from transformers.models.t5.modeling_t5 import eager_attention_forward
 
 from hdscale.modeling.adaptation import Adaptation
 from hdscale.modeling.cross_attention import unprojected_attention
+from hdscale.modeling.elementwise import OneStepNorm, one_step_activation
 from hdscale.modeling.stacks import AdaptedStack
 
 
@@ -242,9 +243,15 @@ def adapt_blocks(base: nn.Module) -> None:
     """Make a T5-family model's stacks, blocks and its generation accept `adaptation=`, in place."""
     for stack in (base.encoder, base.decoder):
         stack.__class__ = adapted_class(AdaptedStack, type(stack))
+        for module in stack.modules():
+            # a norm of apex has its own way
+            if hasattr(module, "variance_epsilon"):
+                module.__class__ = adapted_class(OneStepNorm, type(module))
         for index, block in enumerate(stack.block):
             block.__class__ = adapted_class(AdaptedBlock, type(block))
             block.hdscale_layer = index
+            dense = block.layer[-1].DenseReluDense
+            dense.act = one_step_activation(dense.act)
             attentions = [block.layer[0].SelfAttention]
             if block.is_decoder:
                 attentions.append(block.layer[1].EncDecAttention)

@@ -1,38 +1,45 @@
 """`hdscale bench decode`: generation with the adapters generated once, against the released manner.
 
-Two comparisons: a fixed number of tokens for one batch, and a whole evaluation of label rows (length-sorted batches here, batches in
-the data's order there). The released manner runs transformers' greedy search with eager attention and generates every adapter anew at
-each token.
+Three comparisons on the same rows: so many tokens for mixed rows (in batches of like length here, in the data's order there), so many
+tokens for one and the same batch, and a whole evaluation of GLUE's validation sets, task by task (sorted batches as `hdscale evaluate`
+forms them here, the data's order there). The released manner pads to the longest row, runs transformers' modules and greedy search with
+eager attention, and generates every adapter anew at each token. Each side runs in its own dtypes; both decode greedily, since the release
+states beams for summaries only.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from hdscale.bench.report import add_report_arguments, publish
-from hdscale.bench.rows import LABEL_TOKENS, add_row_arguments, make_rows
-from hdscale.bench.step import timed
-from hdscale.bench.variants import DTYPES, hyperdecoder_settings
+from hdscale.bench.report import add_report_arguments, progress, publish
+from hdscale.bench.rows import EvaluationSet, add_row_arguments, check_sizes, evaluation_sets, make_rows
+from hdscale.bench.step import matmul_peak, timed
+from hdscale.bench.variants import DTYPES, as_released, hyperdecoder_settings, released_encode
 from hdscale.data.batches import Row, collate
-from hdscale.errors import UserError, nearest
 from hdscale.evaluation.decode import global_batches
 from hdscale.modeling import build_model
-from hdscale.modeling.base import BUILT_IN
 from hdscale.modeling.model import AdaptedModel
+
+CHECKED_TOKENS = 3
+Jobs = list[tuple[list[list[Row]], int, int]]
+"""What one side decodes: batches, most tokens, least tokens."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="t5-v1_1-small", help="built-in size of the base")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default=None, help="default: fp32 on CPU, bf16 on CUDA")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=16, help="new tokens of each row of the batch")
-    parser.add_argument("--rows", type=int, default=256, help="rows of the evaluation")
+    parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=["fp32", "bf16"], help="of both sides")
+    parser.add_argument("--batch-size", type=int, default=32, help="of both sides")
+    parser.add_argument("--tokens", type=int, default=16, help="new tokens of each mixed row")
+    parser.add_argument("--mixed-batches", type=int, default=4, help="batches of mixed rows")
+    parser.add_argument("--rows", type=int, default=96, help="rows of each validation set")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add_row_arguments(parser)
@@ -40,40 +47,85 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.size not in BUILT_IN:
-        raise UserError(f"--size {args.size}{nearest(args.size, BUILT_IN)}")
-    for key in ("batch_size", "tokens", "rows", "turns"):
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
+    check_sizes(args, "batch_size", "tokens", "mixed_batches", "rows", "turns")
+    # random weights are what is asked for here
+    logging.getLogger("hdscale.modeling.base").setLevel(logging.ERROR)
     device = torch.device(args.device)
-    dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    rows = make_rows(args, args.rows)
-    ours = build_model(hyperdecoder_settings(args.size), dtype, device).eval()
-    # the very same weights, in the released manner
-    theirs = build_model(hyperdecoder_settings(args.size, attention="eager", backend="torch"), dtype, device).eval()
-    check_same_tokens(ours, theirs, rows[: args.batch_size], device)
-    measured = [
-        compare(f"one batch of {args.batch_size}, {args.tokens} tokens", args.turns, device,
-                lambda: decode_batches(ours, [rows[: args.batch_size]], args.tokens, args.tokens, device, released=False),
-                lambda: decode_batches(theirs, [rows[: args.batch_size]], args.tokens, args.tokens, device, released=True)),
-        compare(f"evaluation of {len(rows)} label rows", args.turns, device,
-                lambda: decode_batches(ours, sorted_batches(rows, args.batch_size), LABEL_TOKENS, 0, device, released=False),
-                lambda: decode_batches(theirs, plain_batches(rows, args.batch_size), LABEL_TOKENS, 0, device, released=True)),
-    ]  # fmt: skip
-    publish(f"decoding, {args.size}, {args.lengths} lengths, {device.type}", measured, args, device)
+    mixed, sets = make_rows(args, args.batch_size * args.mixed_batches), evaluation_sets(args, args.rows)
+    sides = {}
+    for dtype in args.dtypes:
+        sides[f"hdscale-{dtype}"] = build_model(hyperdecoder_settings(args.size), DTYPES[dtype], device).eval()
+        # the very same weights, in the released manner
+        released = build_model(hyperdecoder_settings(args.size, attention="eager", backend="torch"), DTYPES[dtype], device).eval()
+        sides[f"released-{dtype}"] = as_released(released)
+        if dtype == "fp32":
+            check_same_tokens(*list(sides.values())[-2:], mixed[: args.batch_size], device)
+    rows = []
+    for name, count, ours, theirs in comparisons(args, mixed, sets):
+        progress(f"{name}: {args.turns} turns of {', '.join(sides)}")
+        rows += compare(name, count, args.turns, device, sides, ours, theirs)
+    peaks = {dtype: matmul_peak(DTYPES[dtype], device) for dtype in args.dtypes}
+    publish(
+        f"decoding, {args.size}, batches of {args.batch_size}, {args.lengths} lengths, {device.type}",
+        rows,
+        args,
+        device,
+        evaluated={one.task: len(one.rows) for one in sets},
+        mean_source_tokens=statistics.fmean(len(row.input_ids) for one in sets for row in one.rows),
+        padding_of_the_evaluation={
+            "hdscale": padding_share([batch for one in sets for batch in sorted_batches(one.rows, args.batch_size)]),
+            "released": padding_share([batch for one in sets for batch in plain_batches(one.rows, args.batch_size)]),
+        },
+        seconds_of_the_encoder_at_the_matmul_peak={
+            dtype: encoder_flops(sides[f"hdscale-{dtype}"], sets) / peak for dtype, peak in peaks.items()
+        },
+    )
     return 0
 
 
-def compare(name: str, turns: int, device: torch.device, ours: Any, theirs: Any) -> dict[str, Any]:
-    """Both in turns; the ratio is the median of the paired ones."""
-    ours(), theirs()
-    pairs = [(timed(ours, device), timed(theirs, device)) for _ in range(turns)]
-    return {
-        "what": name,
-        "hdscale_seconds": statistics.median(a for a, _ in pairs),
-        "released_seconds": statistics.median(b for _, b in pairs),
-        "times_faster": statistics.median(b / a for a, b in pairs),
-    }
+def comparisons(args: argparse.Namespace, mixed: list[Row], sets: list[EvaluationSet]) -> list[tuple[str, int, Jobs, Jobs]]:
+    """(name, rows, what this code decodes, what the released manner decodes)."""
+    size, tokens = args.batch_size, args.tokens
+    one = [mixed[:size]]
+    return [
+        (f"{len(mixed)} mixed rows, {tokens} tokens", len(mixed),
+         [(sorted_batches(mixed, size), tokens, tokens)], [(plain_batches(mixed, size), tokens, tokens)]),
+        (f"one batch, {tokens} tokens", size, [(one, tokens, tokens)], [(one, tokens, tokens)]),
+        ("evaluation", sum(len(one.rows) for one in sets),
+         [(sorted_batches(one.rows, size), one.most_tokens, 0) for one in sets],
+         [(plain_batches(one.rows, size), one.most_tokens, 0) for one in sets]),
+    ]  # fmt: skip
+
+
+def compare(
+    name: str, count: int, turns: int, device: torch.device, sides: dict[str, AdaptedModel], ours: Jobs, theirs: Jobs
+) -> list[dict[str, Any]]:
+    """One row a side; all take turns. `x_<side>` is how many times faster than that side: the median of each turn's ratio."""
+
+    def work(side: str) -> Callable[[], None]:
+        released = side.startswith("released")
+        return lambda: decode_jobs(sides[side], theirs if released else ours, device, released)
+
+    for side, model in sides.items():
+        released = side.startswith("released")
+        decode_jobs(model, [(batches[:1], *lengths) for batches, *lengths in (theirs if released else ours)][:1], device, released)
+    seconds = {side: [] for side in sides}
+    for _ in range(turns):
+        for side in sides:
+            seconds[side].append(timed(work(side), device))
+    released = [side for side in sides if side.startswith("released")]
+    return [
+        {
+            "what": name,
+            "side": side,
+            "seconds": statistics.median(taken),
+            "rows/s": count / statistics.median(taken),
+            **{
+                f"x_{other}": statistics.median(b / a for a, b in zip(taken, seconds[other], strict=True)) for other in released
+            },
+        }
+        for side, taken in seconds.items()
+    ]  # fmt: skip
 
 
 def sorted_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
@@ -86,7 +138,25 @@ def plain_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
     return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
-@torch.no_grad()
+def padding_share(batches: list[list[Row]]) -> float:
+    """Share of the encoder's tokens that are padding."""
+    padded = sum(len(batch) * max(len(row.input_ids) for row in batch) for batch in batches)
+    return 1 - sum(len(row.input_ids) for batch in batches for row in batch) / padded
+
+
+def encoder_flops(model: AdaptedModel, sets: list[EvaluationSet]) -> float:
+    """Operations of the base encoder's linears for the real source tokens of an evaluation: nothing can be decoded with fewer."""
+    weights = sum(module.weight.numel() for module in model.base.encoder.modules() if isinstance(module, nn.Linear))
+    return 2.0 * weights * sum(len(row.input_ids) for one in sets for row in one.rows)
+
+
+def decode_jobs(model: AdaptedModel, jobs: Jobs, device: torch.device, released: bool) -> None:
+    """Decode everything, one batch after the other."""
+    for batches, most, least in jobs:
+        decode_batches(model, batches, most, least, device, released)
+
+
+@torch.inference_mode()
 def decode_batches(
     model: AdaptedModel, batches: list[list[Row]], most: int, least: int, device: torch.device, released: bool
 ) -> list[torch.Tensor]:
@@ -96,9 +166,9 @@ def decode_batches(
         batch = {name: tensor.to(device) for name, tensor in collate(rows, 0).items()}
         ids, mask = batch["input_ids"], batch["attention_mask"]
         if not released:
-            found.append(model.generate(ids, mask, max_new_tokens=most, min_new_tokens=least))
+            found.append(model.generate(ids, mask, max_new_tokens=most, min_new_tokens=least).cpu())
             continue
-        encoded = model.encode(ids, mask)
+        encoded = released_encode(model, ids, mask)
         found.append(
             model.base.generate(
                 encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
@@ -108,16 +178,16 @@ def decode_batches(
                 max_new_tokens=most,
                 min_new_tokens=least,
                 do_sample=False,
-            )
+            ).cpu()
         )
     return found
 
 
 def check_same_tokens(ours: AdaptedModel, theirs: AdaptedModel, rows: list[Row], device: torch.device) -> None:
-    """Both ways must decode the same before either is timed (in float32; in bf16 ties may fall apart)."""
+    """Both ways must decode the same in float32 before either is timed."""
     a, b = (
-        decode_batches(model, [rows], LABEL_TOKENS, LABEL_TOKENS, device, released)[0]
+        decode_batches(model, [rows], CHECKED_TOKENS, CHECKED_TOKENS, device, released)[0]
         for model, released in ((ours, False), (theirs, True))
     )
-    if next(ours.parameters()).dtype == torch.float32 and not torch.equal(a, b):
+    if not torch.equal(a, b):
         raise RuntimeError("the two ways decode different tokens: nothing was timed")

@@ -13,11 +13,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+
+WIDE = 400
+"""Columns enough for any table."""
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write JSON to FILE, or print it instead of the table")
+    parser.add_argument("--markdown", metavar="FILE", help="add the table, hardware, versions and command to FILE")
+
+
+def progress(text: str) -> None:
+    """Say on stderr what a long benchmark is at."""
+    Console(stderr=True).print(text, highlight=False)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -31,8 +41,22 @@ def machine(device: torch.device) -> dict[str, Any]:
             **{package: importlib.metadata.version(package) for package in ("torch", "transformers", "deepspeed")},
         },
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["hdscale", *sys.argv[1:]]),
+        "command": command(sys.argv[1:]),
     }
+
+
+def command(arguments: list[str]) -> str:
+    """What was asked for, without where the answer goes."""
+    kept, skip = ["hdscale"], False
+    for argument in arguments:
+        if argument in ("--json", "--markdown"):
+            skip = True
+        elif not (skip and not argument.startswith("--")):
+            kept.append(argument)
+            skip = False
+        else:
+            skip = False
+    return " ".join(kept)
 
 
 def processor_name() -> str:
@@ -54,18 +78,65 @@ def publish(title: str, rows: list[dict[str, Any]], args: argparse.Namespace, de
     if args.json == "-":
         print(json.dumps(result, indent=1))
         return
-    table = Table(title=title)
-    for index, key in enumerate(rows[0]):
-        table.add_column(key.replace("_", " "), justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*(shown(value) for value in row.values()))
     console = Console()
-    console.print(table)
+    table = table_of(title, rows)
+    if natural_width(table) > console.width:
+        table = min(table, transposed(title, rows), key=natural_width)
+    Console(width=max(console.width, natural_width(table))).print(table)
     for key, value in more.items():
-        console.print(f"{key.replace('_', ' ')}: {shown(value)}", highlight=False)
+        console.print(f"{spoken(key)}: {shown(value)}", highlight=False)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"written to {args.json}", highlight=False)
+    if args.markdown:
+        with Path(args.markdown).open("a", encoding="utf-8") as stream:
+            stream.write(markdown(result, more))
+        console.print(f"added to {args.markdown}", highlight=False)
+
+
+def table_of(title: str, rows: list[dict[str, Any]]) -> Table:
+    """One line a row."""
+    table = Table(title=title, title_justify="left")
+    for index, key in enumerate(rows[0]):
+        table.add_column(spoken(key), justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(shown(value) for value in row.values()))
+    return table
+
+
+def transposed(title: str, rows: list[dict[str, Any]]) -> Table:
+    """One column a row, for narrow terminals."""
+    first, *keys = rows[0]
+    table = Table(title=title, title_justify="left")
+    table.add_column(spoken(first), no_wrap=True)
+    for row in rows:
+        table.add_column(shown(row[first]), justify="right")
+    for key in keys:
+        table.add_row(spoken(key), *(shown(row[key]) for row in rows))
+    return table
+
+
+def natural_width(table: Table) -> int:
+    """Characters that a table takes where nothing is cut."""
+    wide = Console(width=WIDE)
+    return Measurement.get(wide, wide.options, table).maximum
+
+
+def markdown(result: dict[str, Any], more: dict[str, Any]) -> str:
+    """A section for the committed results."""
+    rows, about = result["rows"], result["machine"]
+    lines = [f"## {result['title']}", "", f"`{about['command']}`", ""]
+    lines += ["| " + " | ".join(spoken(key) for key in rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(shown(value) for value in row.values()) + " |" for row in rows]
+    lines += ["", *(f"- {spoken(key)}: {shown(value)}" for key, value in more.items())]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines += [f"- {about['device']}, {about['threads']} threads; {versions}; {about['date']}", "", ""]
+    return "\n".join(lines)
+
+
+def spoken(key: str) -> str:
+    """A key as a heading."""
+    return key.replace("_", " ")
 
 
 def shown(value: Any) -> str:
@@ -74,6 +145,11 @@ def shown(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if isinstance(value, dict):
+        between = "; " if any(isinstance(item, dict) for item in value.values()) else ", "
+        return between.join(f"{spoken(str(key))} {shown(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(shown(item) for item in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)

@@ -15,13 +15,13 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from hdscale.bench.report import add_report_arguments, publish
-from hdscale.bench.rows import add_row_arguments, make_rows
-from hdscale.bench.variants import Variant, build_variants
+from hdscale.bench.allocations import mark, track_cpu
+from hdscale.bench.report import add_report_arguments, progress, publish
+from hdscale.bench.rows import add_row_arguments, check_sizes, make_rows
+from hdscale.bench.variants import Variant, build_variants, released_encode, static_bytes
 from hdscale.data.batches import Row, collate
-from hdscale.data.micro_batches import deal
 from hdscale.errors import UserError, nearest
-from hdscale.modeling.base import BUILT_IN
+from hdscale.modeling.model import AdaptedModel
 
 VARIANTS = ("hdscale", "released-fp32", "released-bf16", "adapter", "full")
 
@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default=None, help="of this code; default: fp32 on CPU, bf16 on CUDA")
     parser.add_argument("--global-batch-size", type=int, default=64)
     parser.add_argument("--micro-batch-size", type=int, default=16, help="of this code; the released manner takes the batch whole")
+    parser.add_argument(
+        "--tokens-per-micro-batch", type=int, metavar="N", help="of this code: micro-batches of so many tokens, not rows"
+    )
     parser.add_argument("--steps", type=int, default=5, help="turns")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -44,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     rows = make_rows(args, args.global_batch_size * args.steps)
     batches = [rows[start : start + args.global_batch_size] for start in range(0, len(rows), args.global_batch_size)]
-    variants = build_variants(args.size, dtype, args.micro_batch_size, args.global_batch_size, device, args.variants)
+    variants = build_variants(
+        args.size, dtype, args.micro_batch_size, args.global_batch_size, device, args.variants, args.tokens_per_micro_batch
+    )
     measured = take_turns(variants, batches, device)
     peaks = {kind: matmul_peak(kind, device) for kind in {variant.dtype for variant in variants}}
     publish(
@@ -61,33 +66,44 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for sizes and names that cannot be."""
-    if args.size not in BUILT_IN:
-        raise UserError(f"--size {args.size}{nearest(args.size, BUILT_IN)}")
+    check_sizes(args, "global_batch_size", "micro_batch_size", "steps")
     for name in args.variants:
         if name not in VARIANTS:
             raise UserError(f"--variants {name}{nearest(name, VARIANTS)}")
-    for key in ("global_batch_size", "micro_batch_size", "steps"):
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible; use --device cpu")
+    if args.tokens_per_micro_batch is not None and args.tokens_per_micro_batch < 1:
+        raise UserError(f"--tokens-per-micro-batch {args.tokens_per_micro_batch} must be at least 1")
 
 
 def take_turns(variants: list[Variant], batches: list[list[Row]], device: torch.device) -> dict[str, dict[str, Any]]:
-    """{variant: seconds of each batch, loss of the first, peak memory in bytes (CUDA)}."""
-    measured: dict[str, dict[str, Any]] = {variant.name: {"seconds": [], "peak": None} for variant in variants}
+    """{variant: seconds of each batch, loss of the first, operations, peak memory in bytes}."""
+    measured: dict[str, dict[str, Any]] = {variant.name: {"seconds": []} for variant in variants}
     for variant in variants:
+        progress(f"{variant.name}: first steps")
         # the first step pays for kernels, caches and the optimizer's state
         measured[variant.name]["flops"], measured[variant.name]["loss"] = counted(variant, batches[0], device)
         variant.step(batches[0], device)
-    for batch in batches:
+        measured[variant.name]["peak"] = static_bytes(variant) + step_bytes(variant, batches[0], device)
+    for turn, batch in enumerate(batches, 1):
+        progress(f"turn {turn} of {len(batches)}")
         for variant in variants:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             measured[variant.name]["seconds"].append(timed(lambda variant=variant, batch=batch: variant.step(batch, device), device))
-            if device.type == "cuda":
-                measured[variant.name]["peak"] = torch.cuda.max_memory_allocated()
     return measured
+
+
+def step_bytes(variant: Variant, batch: list[Row], device: torch.device) -> int:
+    """Most bytes of tensors that a step has live at any moment, beside what was there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        variant.step(batch, device)
+        return torch.cuda.max_memory_allocated() - before
+
+    def work() -> None:
+        with mark("step"):
+            pass
+        variant.step(batch, device)
+
+    return track_cpu(work).peaks["step"]
 
 
 def counted(variant: Variant, batch: list[Row], device: torch.device) -> tuple[int, float]:
@@ -124,10 +140,11 @@ def share_of_parts(variant: Variant, batch: list[Row], device: torch.device) -> 
         return box["value"]
 
     model = variant.model
-    for part in deal(batch, 1, variant.micro_batch_size, variant.sort_by_length)[0]:
+    encode = released_encode if variant.released else AdaptedModel.encode
+    for part in variant.micro_batches(batch):
         tensors = {name: tensor.to(device) for name, tensor in collate(part, 0).items()}
         mask, labels = tensors["attention_mask"], tensors["labels"]
-        encoded = run("encoder_forward", lambda: model.encode(tensors["input_ids"], mask, tensors["task_ids"]))  # noqa: B023
+        encoded = run("encoder_forward", lambda: encode(model, tensors["input_ids"], mask))  # noqa: B023
         logits, targets = run("decoder_forward", lambda: model.decode(encoded, mask, labels))  # noqa: B023
         loss = run("decoder_forward", lambda: F.cross_entropy(logits.float(), targets))  # noqa: B023
         run("backward", loss.backward)
@@ -158,8 +175,11 @@ def table(
     batches: list[list[Row]],
     peaks: dict[torch.dtype, float],
 ) -> list[dict[str, Any]]:
-    """One row a contender. `times_<first>` is how many times the first one's time it takes; `mfu` is the share of the
-    measured matrix-product peak that the step's products reach."""
+    """One row a contender; tokens are real ones, not padding.
+
+    `times_<first>` is how many times the first one's time it takes; `mfu` is the share of the measured matrix-product peak that
+    the step's products reach; `peak_gb` is weights, masters, moments and the most that a step has live beside them.
+    """
     ours = measured[variants[0].name]["seconds"]
     tokens = statistics.fmean(sum(len(row.input_ids) + len(row.labels) for row in batch) for batch in batches)
     rows = []
@@ -172,11 +192,11 @@ def table(
                 "dtype": str(variant.dtype).removeprefix("torch."),
                 "trainable": sum(parameter.numel() for parameter in variant.trained),
                 "seconds": middle,
-                "samples_per_second": len(batches[0]) / middle,
-                "real_tokens_per_second": tokens / middle,
+                "samples/s": len(batches[0]) / middle,
+                "tokens/s": tokens / middle,
                 f"times_{variants[0].name}": statistics.median(s / o for s, o in zip(seconds, ours, strict=True)),
                 "mfu": measured[variant.name]["flops"] / middle / peaks[variant.dtype],
-                "peak_gb": None if measured[variant.name]["peak"] is None else measured[variant.name]["peak"] / 1e9,
+                "peak_gb": measured[variant.name]["peak"] / 1e9,
                 "first_loss": measured[variant.name]["loss"],
             }
         )

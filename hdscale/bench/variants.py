@@ -14,12 +14,16 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from hdscale.data.batches import Row, collate
 from hdscale.data.micro_batches import deal
 from hdscale.modeling import HyperdecoderConfig, build_model
-from hdscale.modeling.model import AdaptedModel
+from hdscale.modeling.adaptation import Adaptation
+from hdscale.modeling.blocks import AdaptedBlock
+from hdscale.modeling.model import AdaptedModel, Encoded
 from hdscale.modeling.settings import HypernetSettings, MethodSettings, ModelSettings, SideSettings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -55,6 +59,36 @@ def adapter_settings(size: str, trainable: int) -> HyperdecoderConfig:
     return config
 
 
+def as_released(model: AdaptedModel) -> AdaptedModel:
+    """Stacks, attention, norms and activations of transformers again; the blocks alone stay, which carry the adapters."""
+    for stack in (model.base.encoder, model.base.decoder):
+        for module in stack.modules():
+            own = type(module)
+            if own.__name__.startswith("Adapted") and not isinstance(module, AdaptedBlock):
+                module.__class__ = own.__mro__[2]  # behind the mixin
+        for block in stack.block:
+            dense = block.layer[-1].DenseReluDense
+            dense.act = ACT2FN[model.base.config.dense_act_fn]
+    return model
+
+
+def released_encode(model: AdaptedModel, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+    """The encoding by the modules of `as_released`, in training and in evaluation."""
+
+    def run(adaptation: Adaptation | None) -> Tensor:
+        return model.base.encoder(input_ids=input_ids, attention_mask=attention_mask, adaptation=adaptation).last_hidden_state
+
+    hidden = model.method.encode(run, attention_mask, None)
+    return Encoded(hidden, model.method.decoder_adaptation(hidden, attention_mask, None))
+
+
+def static_bytes(variant: Variant) -> int:
+    """Bytes of what a contender holds between steps: weights, float32 masters, AdamW's moments."""
+    state = [tensor for slots in variant.optimizer.state.values() for tensor in slots.values()]
+    kept = {id(tensor): tensor for tensor in (*variant.model.parameters(), *variant.masters, *state)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+
+
 def trainable_parameters(model: torch.nn.Module) -> int:
     """Elements of what trains."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -68,7 +102,8 @@ class Variant:
         name: in the table.
         micro_batch_size: rows of one pass.
         sort_by_length: micro-batches of like length instead of the batch's own order.
-        padded_head: logits at every padded position, as the release computes them.
+        released: the modules of `as_released`, logits at every padded position.
+        tokens_per_micro_batch: micro-batches of so many tokens instead of rows.
     """
 
     name: str
@@ -76,7 +111,8 @@ class Variant:
     dtype: torch.dtype
     micro_batch_size: int
     sort_by_length: bool = True
-    padded_head: bool = False
+    released: bool = False
+    tokens_per_micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         # masters in float32, as the engine keeps them: the step's cost is measured, not DeepSpeed's bookkeeping
@@ -87,7 +123,7 @@ class Variant:
     def step(self, rows: Sequence[Row], device: torch.device) -> float:
         """One optimizer step; the mean loss."""
         self.model.train()
-        parts = deal(rows, 1, self.micro_batch_size, self.sort_by_length)[0]
+        parts = self.micro_batches(rows)
         tokens = sum(len(row.labels) for row in rows)
         total = 0.0
         for part in parts:
@@ -97,6 +133,11 @@ class Variant:
             total += float(loss.detach())
         self.update()
         return total
+
+    def micro_batches(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """A global batch as this contender passes over it."""
+        most_rows = None if self.tokens_per_micro_batch else self.micro_batch_size
+        return deal(rows, 1, most_rows, self.sort_by_length, self.tokens_per_micro_batch)[0]
 
     def update(self) -> None:
         """Clip, AdamW on the float32 masters, copy back."""
@@ -108,12 +149,13 @@ class Variant:
         with torch.no_grad():
             for master, parameter in zip(self.masters, self.trained, strict=True):
                 parameter.copy_(master)
+                master.grad = None
 
     def loss_sum(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Cross-entropy summed over target tokens."""
-        if not self.padded_head:
+        if not self.released:
             return self.model(**batch).loss_sum
-        encoded = self.model.encode(batch["input_ids"], batch["attention_mask"])
+        encoded = released_encode(self.model, batch["input_ids"], batch["attention_mask"])
         base = self.model.base
         hidden = base.decoder(
             input_ids=base._shift_right(batch["labels"]),
@@ -127,7 +169,13 @@ class Variant:
 
 
 def build_variants(
-    size: str, dtype: str, micro_batch_size: int, global_batch_size: int, device: torch.device, only: Sequence[str]
+    size: str,
+    dtype: str,
+    micro_batch_size: int,
+    global_batch_size: int,
+    device: torch.device,
+    only: Sequence[str],
+    tokens_per_micro_batch: int | None = None,
 ) -> list[Variant]:
     """The contenders, by name: hdscale, released-fp32, released-bf16, adapter, full."""
 
@@ -140,23 +188,18 @@ def build_variants(
     ours = hyperdecoder_settings(size)
     # the release's own loop has no accumulation on GLUE: one pass over the whole batch
     released = hyperdecoder_settings(size, attention="eager", backend="torch")
+
+    def efficient(name: str, config: HyperdecoderConfig) -> Variant:
+        kind = DTYPES[dtype]
+        return Variant(name, build(config, kind), kind, micro_batch_size, tokens_per_micro_batch=tokens_per_micro_batch)
+
     makers = {
-        "hdscale": lambda: Variant("hdscale", build(ours, DTYPES[dtype]), DTYPES[dtype], micro_batch_size),
-        "adapter": lambda: Variant(
-            "adapter",
-            build(adapter_settings(size, trainable_parameters(build_model(ours, device="meta"))), DTYPES[dtype]),
-            DTYPES[dtype],
-            micro_batch_size,
-        ),
-        "full": lambda: Variant("full", full_model(size, DTYPES[dtype], device), DTYPES[dtype], micro_batch_size),
+        "hdscale": lambda: efficient("hdscale", ours),
+        "adapter": lambda: efficient("adapter", adapter_settings(size, trainable_parameters(build_model(ours, device="meta")))),
+        "full": lambda: efficient("full", HyperdecoderConfig(ModelSettings(size), MethodSettings("full_finetuning"))),
     }
     for name in DTYPES:
         makers[f"released-{name}"] = lambda name=name: Variant(
-            f"released-{name}", build(released, DTYPES[name]), DTYPES[name], global_batch_size, False, True
+            f"released-{name}", as_released(build(released, DTYPES[name])), DTYPES[name], global_batch_size, False, True
         )
     return [makers[name]() for name in only]
-
-
-def full_model(size: str, dtype: torch.dtype, device: torch.device) -> AdaptedModel:
-    """Full fine-tuning: nothing added, everything trains."""
-    return build_model(HyperdecoderConfig(ModelSettings(size), MethodSettings("full_finetuning")), dtype, device)

@@ -150,6 +150,8 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
             progress = Progress(**state["progress"])
         log.start(engine.step, config.train.max_steps)
 
+        evaluate = Evaluator(engine, tokenizer, task_ids, config, folder, log, preemption)
+
         # ---- the loop: evaluate when due, save when due or asked to stop, else one more step
         with Feed(
             lambda step: mixture.rows(step, config.train.global_batch_size),
@@ -165,7 +167,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
                 if evaluation_due(config, step) and progress.evaluated < step:
                     steps.finish()
                     try:
-                        evaluate_and_keep_best(engine, tokenizer, trained, task_ids, config, folder, log, progress, preemption)
+                        evaluate_and_keep_best(evaluate, trained, progress)
                     except EvaluationStopped:
                         save_state(engine, folder, config, progress, log)
                         return preempted(log, step)
@@ -183,7 +185,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         # ---- the best model's test, its export, the results
         log.info("test" if config.eval.test else "no test (eval.test=false)")
         try:
-            final, notes = final_evaluation(engine, tokenizer, tasks, task_ids, config, folder, log, progress, preemption)
+            final, notes = final_evaluation(evaluate, tasks, progress)
         except EvaluationStopped:
             # no save: the last step's checkpoint is there, and the engine may hold the best weights by now
             return preempted(log, engine.step)
@@ -254,106 +256,86 @@ def evaluation_due(config: Config, step: int) -> bool:
     return step == config.train.max_steps and config.eval.select != "last"
 
 
-def evaluate_and_keep_best(
-    engine: Engine,
-    tokenizer: Any,
-    tasks: list[Task],
-    task_ids: dict[str, int],
-    config: Config,
-    folder: RunFolder,
-    log: RunLog,
-    progress: Progress,
-    preemption: Preemption,
-) -> None:
+@dataclasses.dataclass
+class Evaluator:
+    """Evaluates tasks by generation, over all ranks, with what a run has for it."""
+
+    engine: Engine
+    tokenizer: Any
+    task_ids: dict[str, int]
+    config: Config
+    folder: RunFolder
+    log: RunLog
+    preemption: Preemption
+
+    def __call__(self, tasks: list[Task], split: str, step: int | str, limit: int | None) -> Evaluation:
+        """Metrics of the tasks on a split, logged; `step` names what is evaluated.
+
+        Raises:
+            EvaluationStopped: if the run is to stop; what is decoded already is found again.
+        """
+        engine = self.engine
+        with engine.evaluating() as model:
+            evaluation = evaluate_tasks(
+                model,
+                self.tokenizer,
+                tasks,
+                split,
+                self.config.eval,
+                data=self.config.data,
+                folder=self.folder.predictions,
+                step=step,
+                limit=limit,
+                ranks=engine.ranks,
+                task_ids=self.task_ids,
+                should_stop=self.preemption.agreed,
+                progress=self.log.evaluating(split),
+                lockstep=engine.stage == 3,
+            )
+        self.log.evaluation(engine.step, split, evaluation.metrics(), evaluation.averages, evaluation.selection)
+        return evaluation
+
+
+def evaluate_and_keep_best(evaluate: Evaluator, tasks: list[Task], progress: Progress) -> None:
     """Evaluate the validation sets; where a score is the best so far, export the trainables of this step."""
-    evaluation = evaluate(
-        engine, tokenizer, tasks, "validation", task_ids, config, folder, log, preemption, engine.step, config.eval.limit
-    )
+    engine, select = evaluate.engine, evaluate.config.eval.select
+    evaluation = evaluate(tasks, "validation", engine.step, evaluate.config.eval.limit)
     scores = {"average": evaluation.selection}
-    if config.eval.select == "per_task":
+    if select == "per_task":
         scores = {task.name: task_score(task, evaluation.results[task.name].metrics) for task in tasks}
-    log.evaluation(engine.step, "validation", evaluation.metrics(), evaluation.averages, evaluation.selection)
     progress.validation = evaluation.metrics()
     improved = [key for key, score in scores.items() if key not in progress.best or score > progress.best[key]["score"]]
     for key in improved:
         progress.best[key] = {"score": scores[key], "step": engine.step}
-    if improved and config.eval.select != "last":
-        export(engine, folder.best_folder(engine.step))
+    if improved and select != "last":
+        export(engine, evaluate.folder.best_folder(engine.step))
     progress.evaluated = engine.step
 
 
-def evaluate(
-    engine: Engine,
-    tokenizer: Any,
-    tasks: list[Task],
-    split: str,
-    task_ids: dict[str, int],
-    config: Config,
-    folder: RunFolder,
-    log: RunLog,
-    preemption: Preemption,
-    step: int | str,
-    limit: int | None,
-) -> Evaluation:
-    """Evaluate tasks on a split by generation, over all ranks.
-
-    Raises:
-        EvaluationStopped: if the run is to stop; what is decoded already is found again.
-    """
-    with engine.evaluating() as model:
-        return evaluate_tasks(
-            model,
-            tokenizer,
-            tasks,
-            split,
-            config.eval,
-            data=config.data,
-            folder=folder.predictions,
-            step=step,
-            limit=limit,
-            ranks=engine.ranks,
-            task_ids=task_ids,
-            should_stop=preemption.agreed,
-            progress=log.evaluating(split),
-            lockstep=engine.stage == 3,
-        )
-
-
 def final_evaluation(
-    engine: Engine,
-    tokenizer: Any,
-    tasks: list[Task],
-    task_ids: dict[str, int],
-    config: Config,
-    folder: RunFolder,
-    log: RunLog,
-    progress: Progress,
-    preemption: Preemption,
+    evaluate: Evaluator, tasks: list[Task], progress: Progress
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
     """Metrics of each task's test split (its validation split where it has none) by the best model for it, and notes.
 
     The engine is left with the weights of the overall best (the first task's, with `eval.select=per_task`).
     """
+    engine, settings = evaluate.engine, evaluate.config.eval
     final: dict[str, dict[str, float]] = {}
     notes: dict[str, dict[str, Any]] = {}
     overall = "average" if "average" in progress.best else next(iter(progress.best), "last")
     steps = {task.name: progress.best.get(task.name, progress.best.get(overall, {})).get("step") for task in tasks}
-    if config.eval.select == "last":
+    if settings.select == "last":
         steps = dict.fromkeys(steps)
     # the overall best comes last, so that it is what the engine holds in the end
     last = steps[tasks[0].name]
     for step in sorted(set(steps.values()), key=lambda step: (step == last, step or 0)):
         if step is not None:
-            engine.load_trainables(read_trainables(folder.best_folder(int(step))))
+            engine.load_trainables(read_trainables(evaluate.folder.best_folder(int(step))))
         for split in ("test", "validation"):
             own = [task for task in tasks if ("test" if "test" in task.splits else "validation") == split]
             members = [task for task in own if steps[task.name] == step]
-            if members and config.eval.test:
-                evaluation = evaluate(
-                    engine, tokenizer, members, split, task_ids, config, folder, log, preemption,
-                    f"best-{int(step or engine.step)}", config.eval.test_limit,
-                )  # fmt: skip
-                log.evaluation(engine.step, split, evaluation.metrics(), evaluation.averages, evaluation.selection)
+            if members and settings.test:
+                evaluation = evaluate(members, split, f"best-{int(step or engine.step)}", settings.test_limit)
                 final |= evaluation.metrics()
                 notes |= evaluation.notes()
     return final or progress.validation, notes

@@ -9,6 +9,8 @@ import sys
 BENCHES: dict[str, tuple[str, str]] = {
     "step": ("hdscale.bench.step", "training steps against the released manner, a plain adapter and full fine-tuning"),
     "decode": ("hdscale.bench.decode", "decoding and evaluation against the released manner"),
+    "data": ("hdscale.bench.data", "how fast batches are made, and how much of them is padding"),
+    "scaling": ("hdscale.bench.scaling", "1 and 2 ranks here, bytes communicated, and what they predict"),
     "memory": ("hdscale.bench.memory", "the plan's memory against measured peaks"),
     "curves": ("hdscale.bench.curves", "losses of a fast run against a plain one"),
     "op": ("hdscale.bench.op", "the generated-adapter operator against matmul + bmm"),

@@ -1,0 +1,140 @@
+"""One rank of `hdscale bench scaling`: trains what the folder's task says, and counts what is sent."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from hdscale.bench.rows import make_rows
+from hdscale.cluster.environment import read_environment
+from hdscale.config import load_config, model_config
+from hdscale.data.batches import Row, collate
+from hdscale.data.micro_batches import deal
+from hdscale.engine.deepspeed_engine import build_engine
+from hdscale.engine.distributed import Ranks
+from hdscale.modeling import build_model
+
+COLLECTIVES = (
+    "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "_all_gather_base", "reduce_scatter",
+    "reduce_scatter_tensor", "_reduce_scatter_base", "all_to_all_single",
+)  # fmt: skip
+
+
+class Task(NamedTuple):
+    """What a world trains: a global batch of so many rows, so many steps, after one that is not timed."""
+
+    size: str
+    dtype: str
+    batch: int
+    micro_batch_size: int
+    steps: int
+    threads: int
+
+
+def task_rows(args: argparse.Namespace, task: Task) -> list[Row]:
+    """The rows of all steps."""
+    return make_rows(args, task.batch * (task.steps + 1))
+
+
+class Heard:
+    """Counts the bytes of tensors that are handed to torch.distributed's collectives, by collective.
+
+    A collective's payload is its larger side: what is reduced or broadcast, or what a gather puts together.
+    """
+
+    def __init__(self) -> None:
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self._inside = False
+
+    def listen(self) -> None:
+        """Stand between torch.distributed and whoever calls it, in this process and for good."""
+        for name in COLLECTIVES:
+            if hasattr(dist, name):
+                setattr(dist, name, self._counting(name, getattr(dist, name)))
+
+    def _counting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def count(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return function(*args, **kwargs)
+            self._inside = True
+            try:
+                self.bytes[name] += max(map(size_of, (*args, *kwargs.values())), default=0)
+                self.calls[name] += 1
+                return function(*args, **kwargs)
+            finally:
+                self._inside = False
+
+        return count
+
+
+def size_of(value: Any) -> int:
+    """Bytes of a tensor or of a list of tensors."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(size_of, value)) if isinstance(value, list | tuple) else 0
+
+
+def main(folder: Path) -> int:
+    described = json.loads((folder / "task.json").read_text())
+    task = Task(**described["task"])
+    rows = [Row(source, target, 0, str(index), "bench") for index, (source, target) in enumerate(described["rows"])]
+    heard = Heard()
+    heard.listen()
+    ranks = Ranks.start(read_environment(os.environ), task.threads, device="cpu")
+    config = load_config(
+        None,
+        [
+            f"model.name={task.size}", "data.tasks=[quickstart]", f"train.global_batch_size={task.batch}", f"train.dtype={task.dtype}",
+            f"deepspeed=ds_configs/zero2_{task.dtype}.json", "method.encoder.dim=64", "method.decoder.dim=64",
+            "method.hypernet.bottleneck=128",
+        ],
+    )  # fmt: skip
+    dtype = torch.bfloat16 if task.dtype == "bf16" else torch.float32
+    model = build_model(model_config(config), dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    engine = build_engine(model, config, ranks)
+    seconds = []
+    for step in range(task.steps + 1):
+        parts = deal(rows[step * task.batch : (step + 1) * task.batch], ranks.world_size, task.micro_batch_size)[ranks.rank]
+        batches = [collate(part, 0) for part in parts]
+        ranks.barrier()
+        if step == task.steps:
+            heard.bytes.clear()
+            heard.calls.clear()
+        start = time.perf_counter()
+        engine.train_step(batches).result()
+        seconds.append(time.perf_counter() - start)
+    said, calls = dict(heard.bytes), dict(heard.calls)
+    slowest = [max(one) for one in zip(*ranks.gather_objects(seconds), strict=True)]
+    if ranks.is_main:
+        result = {
+            "ranks": ranks.world_size,
+            "batch": task.batch,
+            "micro_batches": len(parts),
+            "seconds": statistics.median(slowest[1:]),
+            "trainable": trainable,
+            "bytes": said,
+            "calls": calls,
+        }
+        (folder / "result.json").write_text(json.dumps(result))
+    engine.close()
+    ranks.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

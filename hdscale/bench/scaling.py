@@ -166,8 +166,9 @@ def arithmetic(heard: dict[str, Any], args: argparse.Namespace) -> dict[str, Any
 def predictions(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What 8 GPUs of a node and 8 nodes would lose to communication, none of it hidden behind computation.
 
-    A ring moves (W-1)/W of the gradients to be reduced and as much of the weights to be gathered through each rank. Computing is
-    four operations for each weight of the frozen base and token (forward, and backward to its input).
+    Gradients are all-reduced in float32, as is counted here, and weights gathered in bfloat16: a ring sends 2 (W-1)/W of the ones and
+    (W-1)/W of the others from each rank. Computing is four operations for each weight of the frozen base and token (forward, and
+    backward to its input).
     """
     config = hyperdecoder_settings(args.predict_size)
     model = build_model(config, device="meta")
@@ -176,8 +177,8 @@ def predictions(args: argparse.Namespace) -> list[dict[str, Any]]:
     operations = 4.0 * args.predict_batch * (args.predict_tokens * encoder + 2 * (decoder + model.base.lm_head.weight.numel()))
     computing = operations / (args.tflops * 1e12)
     found = []
-    for name, ranks, bandwidth in (("8 GPUs, NVLink", 8, args.nvlink), ("8 nodes, InfiniBand", 8, args.infiniband)):
-        moved = (ranks - 1) / ranks * trainable * (4 + 2)
+    for name, ranks, bandwidth in (("8 GPUs, NVLink", 8, args.nvlink), ("8 nodes of one GPU, InfiniBand", 8, args.infiniband)):
+        moved = (ranks - 1) / ranks * trainable * (2 * 4 + 2)
         speaking = moved / (bandwidth * 1e9) + 2 * args.latency * 1e-6
         found.append(
             {

@@ -117,7 +117,7 @@ def test_recomputing_activations_costs_operations_and_saves_memory(where):
     sharding = Sharding(1, 2)
     assert (
         step_memory(base, again, sharding, count.base, count.trainable, heads).peak
-        < 0.7 * step_memory(base, work, sharding, count.base, count.trainable, heads).peak
+        < 0.75 * step_memory(base, work, sharding, count.base, count.trainable, heads).peak
     )
     ratio = compute.row_flops(base, again, 128).training / compute.row_flops(base, work, 128).training
     assert 1.3 < ratio < 1.55

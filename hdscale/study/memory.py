@@ -213,10 +213,18 @@ def cuda_workspace(memory: Memory, base: Architecture, e: int, sharding: Shardin
 
 
 def norm_bytes(rows: float, base: Architecture, work: Work) -> float:
-    """A layer norm and the residual stream that it reads: x itself, in bf16 a float32 copy too, one number a row."""
-    copy = 4 if work.dtype_bytes == 2 else 0
+    """A layer norm and the residual stream that it reads: x itself, on a CPU in float32, and one number a row."""
+    kept = 4 if work.device == "cpu" else work.dtype_bytes
     trained = work.dtype_bytes if work.trains_base else 0
-    return rows * (base.d_model * (work.dtype_bytes + copy + trained) + 4)
+    return rows * (base.d_model * (kept + trained) + 4)
+
+
+def adapter_bytes(rows: float, dim: float, base: Architecture, work: Work) -> float:
+    """What stays inside an adapter of size `dim`, and its input where that is not the tensor which the norm beside it keeps."""
+    if not dim:
+        return 0.0
+    copied = work.device == "cpu" and work.dtype_bytes == 2
+    return work.dtype_bytes * rows * (dim + (base.d_model if copied else 0))
 
 
 def attention_bytes(queries: float, keys: float, pairs: float, base: Architecture, work: Work) -> float:
@@ -259,9 +267,9 @@ def shared_mask_bytes(elements: float, base: Architecture, work: Work) -> float:
 
 
 def feed_forward_bytes(rows: float, base: Architecture, work: Work) -> float:
-    """What a feed-forward keeps: gated GELU four tensors of its own and the two factors; ReLU its output."""
+    """What a feed-forward keeps: gated GELU its input and the two factors; ReLU its output."""
     e = work.dtype_bytes
-    tensors = 6 if base.gated else 1
+    tensors = 3 if base.gated else 1
     dropped = work.mask_bytes if base.dropout > 0 else 0
     trained = e * (base.d_model + base.d_ff) if work.trains_base else 0
     return rows * (base.d_ff * (tensors * e + dropped) + trained)
@@ -282,7 +290,7 @@ def encoder_activations(base: Architecture, work: Work) -> tuple[float, float]:
         + attention_bytes(rows, rows, pairs, base, work)
         + feed_forward_bytes(rows, base, work)
         + 2 * dropout_bytes(rows, base, work)
-        + e * rows * work.encoder_dim
+        + adapter_bytes(rows, work.encoder_dim, base, work)
     )
     # gradients of the block's widest tensors
     temporaries = backward_temporaries(rows, pairs, base, work)
@@ -310,7 +318,8 @@ def decoder_activations(base: Architecture, work: Work) -> tuple[float, float]:
         + attentions
         + feed_forward_bytes(rows, base, work)
         + 3 * dropout_bytes(rows, base, work)
-        + 2 * e * rows * work.decoder_dim
+        + adapter_bytes(rows, work.decoder_dim, base, work)
+        + e * rows * work.decoder_dim
     )
     adapter = 2 * e * work.rows * base.d_model * work.decoder_dim
     last = norm_bytes(rows, base, work) + dropout_bytes(rows, base, work)

@@ -36,8 +36,7 @@ def generated_adapter(x: Tensor, code: Tensor, heads: AdapterHeads | SharedHeads
         heads: the hypernetwork's output heads, or one of the pairs that `share_heads` returned:
             `generated_adapter(x, *layers[l])`.
         backend: `auto` (the compiled operator where it can be had, takes these tensors and gains something,
-            else PyTorch; with heads that are not shared it gains for few tokens only, see `few_tokens`), `cpp`,
-            `cuda` or `torch`.
+            else PyTorch; it gains for few tokens, see `few_tokens`), `cpp`, `cuda` or `torch`.
 
     Returns:
         y [B, T, D], without the residual. The compiled operator keeps x, code and [B, T, A] for the backward
@@ -92,7 +91,8 @@ def share_heads(
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (code, *heads))
     # The factors are 2 T (D + A) numbers for each instance and layer; what PyTorch would keep, 2 D A + T (D + A).
     products = by_products(code.device.type, length, size_d, size_a)
-    factors_are_small = length * (size_d + size_a) <= (4 if products else 1) * size_d * size_a
+    most = 4 if products and backend != "auto" else 1
+    factors_are_small = length * (size_d + size_a) <= most * size_d * size_a
     shape = Shape(size_b, length, size_d, size_a, size_k, size_n)
     if not wanted or not factors_are_small or resolve_backend(backend, code, *heads, shape=shape) == "torch":
         return [(layer_code, heads) for layer_code in code.unbind()]

@@ -60,7 +60,11 @@ FACTORS = 4
 
 
 def few_tokens(length: int, d_model: int, dim: int) -> bool:
-    """Whether T tokens' activations are smaller than the weights generated for them: T (D + A) <= D A."""
+    """Whether T tokens' activations are smaller than the weights generated for them: T (D + A) <= D A.
+
+    Beyond it, keeping generated weights costs little beside keeping what they are applied to, and generating them
+    again costs more time than not writing them saves (measured on CPU, hdscale/bench/results/).
+    """
     return length * (d_model + dim) <= d_model * dim
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hdscale.errors import UserError
 from hdscale.ops import AdapterHeads, SharedHeads, generated_adapter, generated_adapter_reference, share_heads
 from hdscale.ops.backend import availability, resolve_backend
+from hdscale.ops.reference import generate_adapter_weights
 from hdscale.ops.verify import (
     TOLERANCE,
     Case,
@@ -44,6 +45,41 @@ CORNERS = [
 
 def largest(errors: dict[str, float]) -> float:
     return max(errors.values())
+
+
+def misses(case: Case, errors: dict[str, float]) -> dict[str, float]:
+    """The errors beyond the tolerance.
+
+    One tensor has an allowance: `down_bias_bias` is A sums of B T N terms dz of either sign, and with A = 1 a draw in
+    a few hundred has terms that cancel to a thousandth of their size. Its error may be the unit roundoff of float32
+    times the condition of the sum, sum |dz| / |sum dz|: what no sum in float32 can promise to stay below.
+    """
+    tolerance = TOLERANCE[case.code.dtype]
+    missed = {name: error for name, error in errors.items() if not error <= tolerance}
+    if "down_bias_bias" in missed and missed["down_bias_bias"] <= 2**-24 * sum_condition(case):
+        del missed["down_bias_bias"]
+    return missed
+
+
+def sum_condition(case: Case) -> float:
+    """sum |dz| / |sum dz| over instances and tokens, the largest of any layer and of all layers together."""
+    heads = AdapterHeads(*(tensor.double() for tensor in case.heads))
+    terms = []
+    for code, dy, mask in zip(case.code.double().unbind(), case.dy, relu_masks(case), strict=True):
+        up = generate_adapter_weights(code, heads).up
+        terms.append((torch.bmm(dy.double(), up.transpose(1, 2)) * mask).flatten(0, 1))
+    sums = [*terms, torch.cat(terms)]
+    return max(float(dz.abs().sum(0).norm() / dz.sum(0).norm()) for dz in sums)
+
+
+def test_the_condition_of_a_sum_is_large_only_where_it_cancels():
+    case = random_case(Shape(B=4, T=5, D=32, A=1, K=8), torch.float32)
+    assert 1 <= sum_condition(case) < 100
+    last = case.dy[0][-1:].clone()
+    twins = case._replace(
+        x=[torch.cat([case.x[0][-1:]] * 2)], code=torch.cat([case.code[:, -1:]] * 2, 1), dy=[torch.cat([last, -last * 0.999])]
+    )
+    assert sum_condition(twins) > 1000
 
 
 # ---- results ---------------------------------------------------------------------------------------------
@@ -91,9 +127,9 @@ def test_many_random_shapes():
             A = max(1, A // 2)
         shape, dtype = Shape(B, T, D, A, K, draw.randint(1, 2)), draw.choice(DTYPES)
         shared = draw.random() < 0.5
-        errors = relative_errors(random_case(shape, dtype, seed=draw.randrange(1 << 30)), "cpp", shared)
-        missed = {name for name, error in errors.items() if not error <= TOLERANCE[dtype]}
-        assert not missed, (seed, shape, errors)
+        case = random_case(shape, dtype, seed=draw.randrange(1 << 30))
+        errors = relative_errors(case, "cpp", shared)
+        assert not misses(case, errors), (seed, shape, errors)
 
 
 @needs_compiler

@@ -285,6 +285,10 @@ def test_shared_only_where_it_gains():
     assert isinstance(share_heads(stack.code, stack.heads, 4, backend="cpp")[0][1], SharedHeads)
     assert isinstance(share_heads(stack.code, stack.heads, long, backend="cpp")[0][1], AdapterHeads)
     assert isinstance(share_heads(stack.code, stack.heads, 4, backend="torch")[0][1], AdapterHeads)
+    brain = AdapterHeads(*(tensor.bfloat16() for tensor in stack.heads))  # auto: T (48 + 8) <= 48 * 8, or half
+    for length, heads, kind in ((6, stack.heads, SharedHeads), (7, stack.heads, AdapterHeads), (3, brain, SharedHeads), (4, brain, AdapterHeads)):
+        code = stack.code.to(heads.up_weight.dtype)
+        assert isinstance(share_heads(code, heads, length, backend="auto")[0][1], kind), length
     with torch.no_grad():
         assert isinstance(share_heads(stack.code, stack.heads, 4, backend="cpp")[0][1], AdapterHeads)
 

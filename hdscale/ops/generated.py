@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdscale.ops.backend import resolve_backend
-from hdscale.ops.operator import by_products, few_tokens, forward_for, wide_type
+from hdscale.ops.operator import by_products, forward_for, gains, wide_type
 from hdscale.ops.reference import AdapterHeads, generated_adapter_reference
 from hdscale.ops.verify import Shape
 
@@ -36,7 +36,7 @@ def generated_adapter(x: Tensor, code: Tensor, heads: AdapterHeads | SharedHeads
         heads: the hypernetwork's output heads, or one of the pairs that `share_heads` returned:
             `generated_adapter(x, *layers[l])`.
         backend: `auto` (the compiled operator where it can be had, takes these tensors and gains something,
-            else PyTorch; it gains for few tokens, see `few_tokens`), `cpp`, `cuda` or `torch`.
+            else PyTorch; it gains for few tokens, see `gains` in `hdscale/ops/operator.py`), `cpp`, `cuda` or `torch`.
 
     Returns:
         y [B, T, D], without the residual. The compiled operator keeps x, code and [B, T, A] for the backward
@@ -55,8 +55,8 @@ def generated_adapter(x: Tensor, code: Tensor, heads: AdapterHeads | SharedHeads
     size_b, size_t, size_d = x.shape
     size_a = heads.down_bias_bias.shape[0]
     shape = Shape(size_b, size_t, size_d, size_a, code.shape[-1])
-    few = few_tokens(size_t, size_d, size_a)
-    if (backend == "auto" and not few) or resolve_backend(backend, x, code, *heads, shape=shape) == "torch":
+    gain = gains(x.device.type, x.dtype, size_t, size_d, size_a)
+    if (backend == "auto" and not gain) or resolve_backend(backend, x, code, *heads, shape=shape) == "torch":
         return generated_adapter_reference(x, code, heads)
     return forward_for(x, size_a)(x, code, *heads[:4], *generated_biases(code, heads))[0]
 
@@ -91,8 +91,9 @@ def share_heads(
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (code, *heads))
     # The factors are 2 T (D + A) numbers for each instance and layer; what PyTorch would keep, 2 D A + T (D + A).
     products = by_products(code.device.type, length, size_d, size_a)
-    most = 4 if products and backend != "auto" else 1
-    factors_are_small = length * (size_d + size_a) <= most * size_d * size_a
+    factors_are_small = length * (size_d + size_a) <= (4 if products else 1) * size_d * size_a
+    if backend == "auto" and not gains(code.device.type, code.dtype, length, size_d, size_a):
+        backend = "torch"
     shape = Shape(size_b, length, size_d, size_a, size_k, size_n)
     if not wanted or not factors_are_small or resolve_backend(backend, code, *heads, shape=shape) == "torch":
         return [(layer_code, heads) for layer_code in code.unbind()]

@@ -68,6 +68,13 @@ def few_tokens(length: int, d_model: int, dim: int) -> bool:
     return length * (d_model + dim) <= d_model * dim
 
 
+def gains(device: str, dtype: torch.dtype, length: int, d_model: int, dim: int) -> bool:
+    """Whether `auto` takes the operator: few tokens, and half as many for bfloat16 on a CPU, whose library products
+    are faster while the kernels apply generated tiles in float32 (measured, hdscale/bench/results/)."""
+    twice = device == "cpu" and dtype == torch.bfloat16
+    return few_tokens(2 * length if twice else length, d_model, dim)
+
+
 def by_products(device: str, length: int, d_model: int, dim: int) -> bool:
     """Whether library matrix products compute this faster than the tiled kernels: many tokens, on a CPU.
 

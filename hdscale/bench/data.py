@@ -127,7 +127,7 @@ def dealt(rows: list[Row], args: argparse.Namespace) -> list[list[Row]]:
 def paddings(batches: list[list[Row]], args: argparse.Namespace) -> dict[str, float]:
     """{how a global batch is cut: share of the tokens computed that are padding}."""
     ways = {
-        "the batch whole": {},
+        "the batch whole": {"sort_by_length": False},
         f"{args.micro_batch_size} rows at random": {"micro_batch_size": args.micro_batch_size, "sort_by_length": False},
         f"{args.micro_batch_size} rows of like length": {"micro_batch_size": args.micro_batch_size},
         f"{args.tokens_per_micro_batch} tokens of like length": {"tokens_per_micro_batch": args.tokens_per_micro_batch},

@@ -65,6 +65,11 @@ class Heard:
             if hasattr(dist, name):
                 setattr(dist, name, self._counting(name, getattr(dist, name)))
 
+    def forget(self) -> None:
+        """Count from nothing."""
+        self.bytes.clear()
+        self.calls.clear()
+
     def _counting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def count(*args: Any, **kwargs: Any) -> Any:
@@ -88,13 +93,13 @@ def size_of(value: Any) -> int:
     return sum(map(size_of, value)) if isinstance(value, list | tuple) else 0
 
 
-def main(folder: Path) -> int:
-    described = json.loads((folder / "task.json").read_text())
-    task = Task(**described["task"])
-    rows = [Row(source, target, 0, str(index), "bench") for index, (source, target) in enumerate(described["rows"])]
-    heard = Heard()
-    heard.listen()
-    ranks = Ranks.start(read_environment(os.environ), task.threads, device="cpu")
+def measure(ranks: Ranks, task: Task, rows: list[tuple[list[int], list[int]]], heard: Heard) -> dict[str, Any]:
+    """Train, and say what the slowest rank took and what this one sent in the last step.
+
+    Args:
+        rows: source and target of each row of all steps.
+    """
+    mixed = [Row(source, target, 0, str(index), "bench") for index, (source, target) in enumerate(rows)]
     config = load_config(
         None,
         [
@@ -107,31 +112,38 @@ def main(folder: Path) -> int:
     model = build_model(model_config(config), dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     engine = build_engine(model, config, ranks)
-    seconds = []
+    seconds, said, calls = [], {}, {}
     for step in range(task.steps + 1):
-        parts = deal(rows[step * task.batch : (step + 1) * task.batch], ranks.world_size, task.micro_batch_size)[ranks.rank]
+        parts = deal(mixed[step * task.batch : (step + 1) * task.batch], ranks.world_size, task.micro_batch_size)[ranks.rank]
         batches = [collate(part, 0) for part in parts]
         ranks.barrier()
-        if step == task.steps:
-            heard.bytes.clear()
-            heard.calls.clear()
+        heard.forget()
         start = time.perf_counter()
         engine.train_step(batches).result()
         seconds.append(time.perf_counter() - start)
-    said, calls = dict(heard.bytes), dict(heard.calls)
+        said, calls = dict(heard.bytes), dict(heard.calls)
     slowest = [max(one) for one in zip(*ranks.gather_objects(seconds), strict=True)]
-    if ranks.is_main:
-        result = {
-            "ranks": ranks.world_size,
-            "batch": task.batch,
-            "micro_batches": len(parts),
-            "seconds": statistics.median(slowest[1:]),
-            "trainable": trainable,
-            "bytes": said,
-            "calls": calls,
-        }
-        (folder / "result.json").write_text(json.dumps(result))
     engine.close()
+    return {
+        "ranks": ranks.world_size,
+        "batch": task.batch,
+        "micro_batches": len(parts),
+        "seconds": statistics.median(slowest[1:]),
+        "trainable": trainable,
+        "bytes": said,
+        "calls": calls,
+    }
+
+
+def main(folder: Path) -> int:
+    described = json.loads((folder / "task.json").read_text())
+    task = Task(**described["task"])
+    heard = Heard()
+    heard.listen()  # DeepSpeed keeps some of the functions as it finds them when it starts
+    ranks = Ranks.start(read_environment(os.environ), task.threads, device="cpu")
+    result = measure(ranks, task, described["rows"], heard)
+    if ranks.is_main:
+        (folder / "result.json").write_text(json.dumps(result))
     ranks.close()
     return 0
 

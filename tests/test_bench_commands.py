@@ -81,25 +81,26 @@ def test_step_by_tokens(bench, tmp_path):
 
 def test_decode(bench, tmp_path):
     target = tmp_path / "decode.json"
-    assert bench("decode", *TINY, "--batch-size", "4", "--rows", "6", "--tokens", "5", "--mixed-batches", "2", "--turns", "1",
+    assert bench("decode", *TINY, "--batch-size", "4", "--rows", "30", "--every", "3", "--tokens", "5", "--mixed-batches", "2", "--turns", "1",
                  "--json", str(target)) == 0  # fmt: skip
     found = json.loads(target.read_text())
     assert [row["side"] for row in found["rows"]] == ["hdscale-fp32", "released-fp32", "hdscale-bf16", "released-bf16"] * 3
-    assert found["evaluated"] == dict.fromkeys(rows.GLUE_LENGTHS, 6)
-    padding = found["padding_of_the_evaluation"]
-    assert 0 <= padding["hdscale"] < padding["released"] < 1
+    assert found["validation_rows"] == dict.fromkeys(rows.GLUE_LENGTHS, 30)
+    assert 0 <= found["padding"]["hdscale"] < found["padding"]["released"] < 1
+    # one batch in three stands for all
+    assert all(mean == pytest.approx(found["mean_source_tokens"]["whole"], rel=0.1) for mean in found["mean_source_tokens"].values())
     for row in found["rows"]:
-        assert row[f"x_{row['side']}"] == 1 if row["side"].startswith("released") else row["x_released-fp32"] > 0
-    evaluation = found["rows"][-1]
-    assert evaluation["rows/s"] == pytest.approx(48 / evaluation["seconds"])
+        assert row["rows/s"] == pytest.approx(row["rows"] / row["seconds"])
+        other = next(one for one in found["rows"] if (one["what"], one["side"]) == (row["what"], "released-bf16"))
+        assert row["x_released-bf16"] == pytest.approx(row["rows/s"] / other["rows/s"])
 
 
 def test_both_sides_decode_every_row_once():
-    args = argparse.Namespace(lengths="glue", seed=0, size="tiny-1", batch_size=4, tokens=5)
+    args = argparse.Namespace(lengths="glue", seed=0, size="tiny-1", batch_size=4, tokens=5, every=1)
     mixed, sets = rows.make_rows(args, 10), rows.evaluation_sets(args, 7)
-    for _, count, ours, theirs in decode.comparisons(args, mixed, sets):
+    for _, ours, theirs in decode.comparisons(args, mixed, sets):
         one, other = (sorted((row.task, row.id) for batches, *_ in jobs for batch in batches for row in batch) for jobs in (ours, theirs))
-        assert one == other and len(one) == count
+        assert one == other and len(one) == decode.count_rows(ours)
         assert [lengths for _, *lengths in ours] == [lengths for _, *lengths in theirs]
 
 

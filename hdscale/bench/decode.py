@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="of both sides")
     parser.add_argument("--tokens", type=int, default=16, help="new tokens of each mixed row")
     parser.add_argument("--mixed-batches", type=int, default=4, help="batches of mixed rows")
-    parser.add_argument("--rows", type=int, default=96, help="rows of each validation set")
+    parser.add_argument("--rows", type=int, metavar="N", help="only the first rows of each validation set; default: all")
+    parser.add_argument("--every", type=int, default=8, help="of a validation set's batches, sorted or not, one in so many is decoded")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add_row_arguments(parser)
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_sizes(args, "batch_size", "tokens", "mixed_batches", "rows", "turns")
+    check_sizes(args, "batch_size", "tokens", "mixed_batches", "turns", "every", *(["rows"] if args.rows is not None else []))
     # random weights are what is asked for here
     logging.getLogger("hdscale.modeling.base").setLevel(logging.ERROR)
     device = torch.device(args.device)
@@ -61,46 +62,50 @@ def run(args: argparse.Namespace) -> int:
         if dtype == "fp32":
             check_same_tokens(*list(sides.values())[-2:], mixed[: args.batch_size], device)
     rows = []
-    for name, count, ours, theirs in comparisons(args, mixed, sets):
+    for name, ours, theirs in comparisons(args, mixed, sets):
         progress(f"{name}: {args.turns} turns of {', '.join(sides)}")
-        rows += compare(name, count, args.turns, device, sides, ours, theirs)
+        rows += compare(name, args.turns, device, sides, ours, theirs)
+    evaluated = dict(zip(("hdscale", "released"), comparisons(args, mixed, sets)[-1][1:], strict=True))
     peaks = {dtype: matmul_peak(DTYPES[dtype], device) for dtype in args.dtypes}
     publish(
         f"decoding, {args.size}, batches of {args.batch_size}, {args.lengths} lengths, {device.type}",
         rows,
         args,
         device,
-        evaluated={one.task: len(one.rows) for one in sets},
-        mean_source_tokens=statistics.fmean(len(row.input_ids) for one in sets for row in one.rows),
-        padding_of_the_evaluation={
-            "hdscale": padding_share([batch for one in sets for batch in sorted_batches(one.rows, args.batch_size)]),
-            "released": padding_share([batch for one in sets for batch in plain_batches(one.rows, args.batch_size)]),
-        },
+        validation_rows={one.task: len(one.rows) for one in sets},
+        mean_source_tokens={"whole": mean_tokens([one.rows for one in sets])}
+        | {name: mean_tokens([batch for batches, *_ in jobs for batch in batches]) for name, jobs in evaluated.items()},
+        padding={name: padding_share([batch for batches, *_ in jobs for batch in batches]) for name, jobs in evaluated.items()},
         seconds_of_the_encoder_at_the_matmul_peak={
-            dtype: encoder_flops(sides[f"hdscale-{dtype}"], sets) / peak for dtype, peak in peaks.items()
+            dtype: encoder_flops(sides[f"hdscale-{dtype}"], evaluated["hdscale"]) / peak for dtype, peak in peaks.items()
         },
     )
     return 0
 
 
-def comparisons(args: argparse.Namespace, mixed: list[Row], sets: list[EvaluationSet]) -> list[tuple[str, int, Jobs, Jobs]]:
-    """(name, rows, what this code decodes, what the released manner decodes)."""
+def comparisons(args: argparse.Namespace, mixed: list[Row], sets: list[EvaluationSet]) -> list[tuple[str, Jobs, Jobs]]:
+    """(name, what this code decodes, what the released manner decodes)."""
     size, tokens = args.batch_size, args.tokens
     one = [mixed[:size]]
     return [
-        (f"{len(mixed)} mixed rows, {tokens} tokens", len(mixed),
+        (f"{len(mixed)} mixed rows, {tokens} tokens",
          [(sorted_batches(mixed, size), tokens, tokens)], [(plain_batches(mixed, size), tokens, tokens)]),
-        (f"one batch, {tokens} tokens", size, [(one, tokens, tokens)], [(one, tokens, tokens)]),
-        ("evaluation", sum(len(one.rows) for one in sets),
-         [(sorted_batches(one.rows, size), one.most_tokens, 0) for one in sets],
-         [(plain_batches(one.rows, size), one.most_tokens, 0) for one in sets]),
+        (f"one batch, {tokens} tokens", [(one, tokens, tokens)], [(one, tokens, tokens)]),
+        ("evaluation",
+         [(one_in(args.every, sorted_batches(one.rows, size)), one.most_tokens, 0) for one in sets],
+         [(one_in(args.every, plain_batches(one.rows, size)), one.most_tokens, 0) for one in sets]),
     ]  # fmt: skip
 
 
+def one_in(every: int, batches: list[list[Row]]) -> list[list[Row]]:
+    """A whole set's batches thinned out evenly, so that a fraction of the time stands for all of it."""
+    return batches[min(every // 2, len(batches) - 1) :: every]
+
+
 def compare(
-    name: str, count: int, turns: int, device: torch.device, sides: dict[str, AdaptedModel], ours: Jobs, theirs: Jobs
+    name: str, turns: int, device: torch.device, sides: dict[str, AdaptedModel], ours: Jobs, theirs: Jobs
 ) -> list[dict[str, Any]]:
-    """One row a side; all take turns. `x_<side>` is how many times faster than that side: the median of each turn's ratio."""
+    """One row a side; all take turns. `x_<side>` is how many times as many rows a second as that side: the median over turns."""
 
     def work(side: str) -> Callable[[], None]:
         released = side.startswith("released")
@@ -114,18 +119,26 @@ def compare(
         for side in sides:
             seconds[side].append(timed(work(side), device))
     released = [side for side in sides if side.startswith("released")]
+    counts = {side: count_rows(theirs if side in released else ours) for side in sides}
     return [
         {
             "what": name,
             "side": side,
             "seconds": statistics.median(taken),
-            "rows/s": count / statistics.median(taken),
+            "rows": counts[side],
+            "rows/s": counts[side] / statistics.median(taken),
             **{
-                f"x_{other}": statistics.median(b / a for a, b in zip(taken, seconds[other], strict=True)) for other in released
+                f"x_{other}": counts[side] / counts[other] * statistics.median(b / a for a, b in zip(taken, seconds[other], strict=True))
+                for other in released
             },
         }
         for side, taken in seconds.items()
     ]  # fmt: skip
+
+
+def count_rows(jobs: Jobs) -> int:
+    """Rows that are decoded."""
+    return sum(len(batch) for batches, *_ in jobs for batch in batches)
 
 
 def sorted_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
@@ -144,10 +157,15 @@ def padding_share(batches: list[list[Row]]) -> float:
     return 1 - sum(len(row.input_ids) for batch in batches for row in batch) / padded
 
 
-def encoder_flops(model: AdaptedModel, sets: list[EvaluationSet]) -> float:
-    """Operations of the base encoder's linears for the real source tokens of an evaluation: nothing can be decoded with fewer."""
+def mean_tokens(batches: list[list[Row]]) -> float:
+    """Source tokens of a row."""
+    return statistics.fmean(len(row.input_ids) for batch in batches for row in batch)
+
+
+def encoder_flops(model: AdaptedModel, jobs: Jobs) -> float:
+    """Operations of the base encoder's linears for the real source tokens of what is decoded: a floor of any way to decode it."""
     weights = sum(module.weight.numel() for module in model.base.encoder.modules() if isinstance(module, nn.Linear))
-    return 2.0 * weights * sum(len(row.input_ids) for one in sets for row in one.rows)
+    return 2.0 * weights * sum(len(row.input_ids) for batches, *_ in jobs for batch in batches for row in batch)
 
 
 def decode_jobs(model: AdaptedModel, jobs: Jobs, device: torch.device, released: bool) -> None:

@@ -28,6 +28,7 @@ GLUE_LENGTHS = {
 SPREAD = 0.45
 """Standard deviation of the logarithm of a task's source lengths in the synthetic rows."""
 LABEL_TOKENS = 2
+SYNTHETIC_VALIDATION = 1000
 NUMBER_TOKENS = 6
 """Of STS-B's scores, such as 3.8 and its </s>; any number may be answered, so the task has no longest label."""
 VOCABULARY = 32000
@@ -116,8 +117,8 @@ class EvaluationSet(NamedTuple):
     most_tokens: int
 
 
-def evaluation_sets(args: argparse.Namespace, count: int) -> list[EvaluationSet]:
-    """The first `count` rows of each of GLUE's validation sets; with other lengths than real ones, sets like them."""
+def evaluation_sets(args: argparse.Namespace, most_rows: int | None = None) -> list[EvaluationSet]:
+    """GLUE's validation sets, or their first rows; with other lengths than real ones, sets of like sizes and lengths."""
     if args.lengths == "real":
         from hdscale.data.tokenize import tokenized_split
         from hdscale.evaluation.evaluate import task_decoding
@@ -128,9 +129,10 @@ def evaluation_sets(args: argparse.Namespace, count: int) -> list[EvaluationSet]
         for task in tasks:
             split = tokenized_split(task, "validation", tokenizer, settings)
             most = task_decoding(task, tokenizer, EvalSettings(), settings.max_target_length).max_new_tokens
-            rows = [split.row(number) for number in range(min(count, len(split)))]
+            rows = [split.row(number) for number in range(min(most_rows or len(split), len(split)))]
             sets.append(EvaluationSet(task.name, within_vocabulary(rows, args.size), most if task.kind == "label" else NUMBER_TOKENS))
         return sets
+    count = most_rows or SYNTHETIC_VALIDATION
     if args.lengths != "glue":
         return [EvaluationSet("fixed", make_rows(args, count), fixed_lengths(args.lengths)[1])]
     rng = np.random.default_rng(args.seed)

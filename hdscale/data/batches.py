@@ -34,8 +34,8 @@ def collate(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> dict[str, to
 
     Returns:
         int64 tensors `input_ids` [B, S], `attention_mask` [B, S], `labels` [B, T] (-100 is padding),
-        `task_ids` [B], and `target_positions` [M]: where the M labels that count stand among the B * T, so that no device
-        has to be asked for it.
+        `task_ids` [B], and where what counts stands, so that no device has to be asked for it: `source_positions` [L], of the
+        L source tokens among the B * S, and `target_positions` [M], of the M labels among the B * T.
     """
     import torch
 
@@ -45,11 +45,13 @@ def collate(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> dict[str, to
         return torch.tensor([ids + [filler] * (length - len(ids)) for ids in sequences], dtype=torch.int64)
 
     sources = [row.input_ids for row in rows]
+    mask = padded([[1] * len(ids) for ids in sources], 0)
     labels = padded([row.labels for row in rows], IGNORED)
     return {
         "input_ids": padded(sources, pad_id),
-        "attention_mask": padded([[1] * len(ids) for ids in sources], 0),
+        "attention_mask": mask,
         "labels": labels,
         "task_ids": torch.tensor([row.task_id for row in rows], dtype=torch.int64),
+        "source_positions": mask.flatten().nonzero().squeeze(1),
         "target_positions": (labels.flatten() != IGNORED).nonzero().squeeze(1),
     }

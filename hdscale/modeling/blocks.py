@@ -19,6 +19,7 @@ from transformers.models.t5.modeling_t5 import eager_attention_forward
 from hdscale.modeling.adaptation import Adaptation
 from hdscale.modeling.cross_attention import unprojected_attention
 from hdscale.modeling.elementwise import OneStepNorm, one_step_activation
+from hdscale.modeling.packing import Packing
 from hdscale.modeling.stacks import AdaptedStack
 
 
@@ -95,14 +96,15 @@ class AdaptedAttention:
         past_key_values=None,
         adaptation: Adaptation | None = None,
         source_unprojected: bool = False,
+        packing: Packing | None = None,
         **kwargs,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if source_unprojected and key_value_states is not None:
             query = self.q(hidden_states).unflatten(-1, (self.n_heads, self.key_value_proj_dim)).transpose(1, 2)
             dropout = self.dropout if self.training else 0.0
             mixed = unprojected_attention(query, key_value_states, self.k.weight, self.v.weight, position_bias, dropout)
             return self.o(mixed), position_bias, None
-        if adaptation is None:
+        if adaptation is None and packing is None:
             return super().forward(
                 hidden_states,
                 mask=mask,
@@ -116,10 +118,16 @@ class AdaptedAttention:
         layer = self.hdscale_layer
 
         def project(name: str, x: Tensor) -> Tensor:
-            return adaptation.projection(layer, attention, name, x, getattr(self, name)(x))
+            y = getattr(self, name)(x)
+            return y if adaptation is None else adaptation.projection(layer, attention, name, x, y)
 
         def heads(x: Tensor) -> Tensor:  # [R, L, H * d_kv] -> [R, H, L, d_kv]
             return x.unflatten(-1, (self.n_heads, self.key_value_proj_dim)).transpose(1, 2)
+
+        if packing is not None:
+            query, key, value = (heads(project(name, hidden_states)) for name in "qkv")
+            mixed = packing.attend(query, key, value)
+            return project("o", mixed.transpose(1, 2).flatten(2)), None, None
 
         cache, cached_tokens = past_key_values, 0
         if cache is not None:

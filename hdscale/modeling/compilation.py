@@ -55,8 +55,8 @@ def training_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def choose(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # a method's hooks inside the attention are Python objects, one a layer: each would be a graph
-        if module.training and torch.is_grad_enabled() and "adaptation" not in kwargs:
+        # a method's hooks inside the attention are Python objects, one a layer: each would be a graph; a packed attention is compiled
+        if module.training and torch.is_grad_enabled() and not kwargs.keys() & {"adaptation", "packing"}:
             return compiled(module, *args, **kwargs)
         return forward(module, *args, **kwargs)
 

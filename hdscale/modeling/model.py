@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
 from hdscale.errors import UserError
-from hdscale.modeling import inference
+from hdscale.modeling import inference, packing
 from hdscale.modeling.adaptation import Adaptation
 from hdscale.modeling.base import load_base, scales_output
 from hdscale.modeling.config import HyperdecoderConfig
@@ -57,11 +57,19 @@ class AdaptedModel(nn.Module):
         self.method = method
         self.label_smoothing = 0.0
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None = None) -> Encoded:
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        task_ids: Tensor | None = None,
+        source_positions: Tensor | None = None,
+    ) -> Encoded:
         """Run the adapted encoder and generate what the decoder needs.
 
         Args:
             input_ids: [B, S]. attention_mask: [B, S]. task_ids: [B], needed by task-conditioned methods.
+            source_positions: [L], where the source tokens stand among the B * S; read with `model.packing` alone: see
+                `hdscale.modeling.packing.encode`.
         """
         if self.method.needs_tasks and task_ids is None:
             raise UserError(f"method '{self.config.method.name}' is conditioned on tasks: give task_ids")
@@ -73,6 +81,8 @@ class AdaptedModel(nn.Module):
                 return inference.encode(self.base.encoder, input_ids, attention_mask, adaptation)
             if adaptation is not None:
                 adaptation = adaptation.for_training(input_ids.shape[1])
+            if self.config.model.packing:
+                return packing.encode(self.base.encoder, input_ids, attention_mask, source_positions, adaptation)
             return self.base.encoder(
                 input_ids=input_ids, attention_mask=attention_mask, adaptation=adaptation
             ).last_hidden_state
@@ -121,15 +131,16 @@ class AdaptedModel(nn.Module):
         attention_mask: Tensor,
         labels: Tensor,
         task_ids: Tensor | None = None,
+        source_positions: Tensor | None = None,
         target_positions: Tensor | None = None,
     ) -> ModelOutput:
         """The training pass: cross-entropy summed over target tokens (Section 2.4), in float32.
 
         Args:
             input_ids: [B, S]. attention_mask: [B, S]. labels: [B, T], -100 for padding. task_ids: [B].
-            target_positions: [M], see `decode`.
+            source_positions: [L], see `encode`. target_positions: [M], see `decode`.
         """
-        encoded = self.encode(input_ids, attention_mask, task_ids)
+        encoded = self.encode(input_ids, attention_mask, task_ids, source_positions)
         logits, targets = self.decode(encoded, attention_mask, labels, target_positions)
         loss_sum = F.cross_entropy(
             logits.float() if logits.dtype != torch.float64 else logits,

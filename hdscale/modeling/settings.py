@@ -18,6 +18,11 @@ class ModelSettings:
     tokenizer: Optional[str] = setting(None, "hub id or folder of the tokenizer; default: the model's own")
     attention: str = setting("sdpa", "attention implementation of transformers: sdpa or eager")
     activation_checkpointing: str = setting("none", "recompute activations in: none, encoder, decoder or all")
+    packing: bool = setting(
+        False,
+        "train the encoder on a micro-batch's tokens in one sequence without padding (meant for a GPU: FlexAttention); its attention "
+        "has no dropout of probabilities then, and all instances must share the encoder's adapters",
+    )
     dropout: Optional[float] = setting(None, "dropout rate of the base; default: its own (0.1)")
     init_adapter: Optional[str] = setting(None, "folder of exported trainables to start from (warm start)")
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from torch import nn
 
 from hdscale.modeling.methods.interface import Method
+from hdscale.modeling.settings import MethodSettings
 
 
 class FullFinetuning(Method):
     """The base itself, all of it trained."""
 
     trains_base = True
+
+    @classmethod
+    def encoder_knows_instances(cls, settings: MethodSettings) -> bool:
+        return False
 
     def base_trainables(self, base: nn.Module) -> list[str]:
         return [name for name, _ in base.named_parameters()]

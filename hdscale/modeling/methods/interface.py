@@ -49,6 +49,11 @@ class Method(nn.Module):
         return []
 
     @classmethod
+    def encoder_knows_instances(cls, settings: MethodSettings) -> bool:
+        """Whether the encoder's adaptation differs between the instances of a batch; then it cannot be packed."""
+        return True
+
+    @classmethod
     def check_values(cls, config: HyperdecoderConfig) -> None:
         """Raise UserError for values that mean nothing to the method."""
 
@@ -117,7 +122,25 @@ def settled(cls: type[Method], config: HyperdecoderConfig) -> None:
     for key, value in cls.fixed.items():
         set_option(settings, key, value)
     cls.check_values(config)
+    check_packing(cls, config)
     solve_budget(cls, config)
+
+
+def check_packing(cls: type[Method], config: HyperdecoderConfig) -> None:
+    """Refuse `model.packing` where it cannot be.
+
+    Raises:
+        UserError: naming the reason.
+    """
+    if not config.model.packing:
+        return
+    if config.model.attention != "sdpa":
+        raise UserError(f"model.packing=true has an attention of its own: leave out model.attention={config.model.attention}")
+    if cls.encoder_knows_instances(config.method):
+        raise UserError(
+            f"model.packing=true: method '{config.method.name}' as configured adapts the encoder for each instance, and a packed "
+            "encoder has one sequence for all; use model.packing=false, or learned adapters in the encoder"
+        )
 
 
 def method_keys(settings: type = MethodSettings, prefix: str = "") -> list[str]:

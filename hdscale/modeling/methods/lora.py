@@ -37,6 +37,10 @@ class Lora(Method):
         return [["lora.rank"]]
 
     @classmethod
+    def encoder_knows_instances(cls, settings: MethodSettings) -> bool:
+        return False
+
+    @classmethod
     def check_values(cls, config: HyperdecoderConfig) -> None:
         check_lora(config.method.lora)
 

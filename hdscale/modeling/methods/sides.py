@@ -203,6 +203,10 @@ class SidesMethod(Method):
         return found + ([dims] if dims else [])
 
     @classmethod
+    def encoder_knows_instances(cls, settings: MethodSettings) -> bool:
+        return settings.encoder.adapter in CONDITIONED
+
+    @classmethod
     def check_values(cls, config: HyperdecoderConfig) -> None:
         method = config.method
         for name in ("encoder", "decoder"):

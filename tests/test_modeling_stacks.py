@@ -8,7 +8,7 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5For
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from hdscale.modeling.blocks import adapt_blocks
-from hdscale.modeling.cross_attention import few_targets
+from hdscale.modeling.cross_attention import DECODING_GAIN, few_targets
 
 HEADS, LENGTH, TARGET = 3, 11, 5
 SHAPE = {"vocab_size": 50, "d_model": 16, "d_ff": 20, "d_kv": 4, "num_heads": HEADS, "num_layers": 3, "decoder_start_token_id": 0}
@@ -108,6 +108,8 @@ def test_few_targets_look_at_a_source_that_is_not_projected(name, monkeypatch):
 @pytest.mark.parametrize("d_kv, sources, most", [(64, 46, 6), (64, 512, 14), (16, 20, 2)])
 def test_what_few_targets_are(d_kv, sources, most):
     assert few_targets(most, sources, d_kv) and not few_targets(most + 1, sources, d_kv)
+    # decoding keeps nothing for a backward pass
+    assert few_targets(2 * most, sources, d_kv, DECODING_GAIN)
 
 
 def test_one_mask_is_kept_for_all_layers():

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-GAIN = 4.0
-"""Fewer operations by this factor are worth it: the products are smaller ones, and what they keep, T H D, is less than keys and
-values, 2 S H d_kv, for some six target tokens of 46 source tokens."""
+TRAINING_GAIN, DECODING_GAIN = 4.0, 2.0
+"""Fewer operations by this factor are worth it: the products are smaller ones. What training keeps, T H D, is then less than keys
+and values, 2 S H d_kv."""
 
 
-def few_targets(targets: int, sources: int, d_kv: int) -> bool:
+def few_targets(targets: int, sources: int, d_kv: int, gain: float = TRAINING_GAIN) -> bool:
     """Whether T queries of S source tokens are cheaper without projecting the source: T (d_kv + S) < d_kv S, with room.
 
     Per head and D: projecting costs S d_kv multiplications for keys and as many for values; not projecting costs T d_kv to move
     the queries and T S for the scores, and the same again for values.
     """
-    return GAIN * targets * (d_kv + sources) <= d_kv * sources
+    return gain * targets * (d_kv + sources) <= d_kv * sources
 
 
 def unprojected_attention(
@@ -35,7 +35,7 @@ def unprojected_attention(
     """What the attention of all heads gives, before the output projection.
 
     Args:
-        query: [B, H, T, d_kv]. source: [B, S, D].
+        query: [B, H, T, d_kv]. source: [B, S, D], in the weights' dtype or a wider one, in which scores and mixtures are taken.
         key_weight, value_weight: [H * d_kv, D], of the linears that would make keys and values.
         mask: [B, 1, 1, S], added to the scores.
         dropout: of the attention's probabilities.
@@ -48,11 +48,12 @@ def unprojected_attention(
     # [H, B T, d_kv] x [H, d_kv, D]
     queries = query.transpose(0, 1).reshape(heads, size_b * size_t, width)
     moved = torch.bmm(queries, key_weight.view(heads, width, size_d)).view(heads, size_b, size_t, size_d)
-    moved = moved.transpose(0, 1).reshape(size_b, heads * size_t, size_d)
+    moved = moved.transpose(0, 1).reshape(size_b, heads * size_t, size_d).to(source.dtype)
     scores = torch.bmm(moved, source.transpose(1, 2)).view(size_b, heads, size_t, size_s) + mask
     # as a fused kernel would: the softmax in float32 at least
     shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(source.dtype)
     shares = functional.dropout(shares, dropout).view(size_b, heads * size_t, size_s)
-    seen = torch.bmm(shares, source).view(size_b, heads, size_t, size_d).transpose(0, 1).reshape(heads, size_b * size_t, size_d)
+    seen = torch.bmm(shares, source).to(query.dtype).view(size_b, heads, size_t, size_d)
+    seen = seen.transpose(0, 1).reshape(heads, size_b * size_t, size_d)
     mixed = torch.bmm(seen, value_weight.view(heads, width, size_d).transpose(1, 2))
     return mixed.view(heads, size_b, size_t, width).permute(1, 2, 0, 3).reshape(size_b, size_t, heads * width)

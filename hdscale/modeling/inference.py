@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers.activations import NewGELUActivation
 
 from hdscale.modeling.adaptation import Adaptation
+from hdscale.modeling.cross_attention import DECODING_GAIN, few_targets, unprojected_attention
 from hdscale.modeling.stacks import masked, source_mask
 
 MOST_EXPLICIT_SCORES = 128 * 128
@@ -53,7 +54,7 @@ class TokenDecoder:
         adaptation: of the decoder, made for generation.
         most_tokens: that will be decoded.
         project_source: keys and values of the source are computed and kept; otherwise queries are carried to the encoding
-            instead (see `cheaper_to_project`). Default: what is cheaper.
+            instead (see `hdscale.modeling.cross_attention`). Default: what is cheaper.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class TokenDecoder:
         self.adapts_attention = adaptation is not None and adaptation.adapts_attention
         attention = stack.block[0].layer[0].SelfAttention
         if project_source is None:
-            project_source = cheaper_to_project(most_tokens, hidden.shape[1], hidden.shape[2], attention.key_value_proj_dim)
+            project_source = not few_targets(most_tokens, hidden.shape[1], attention.key_value_proj_dim, DECODING_GAIN)
         self.project_source = project_source or self.adapts_attention
         # a CPU has no fused attention that is good at one query: the scores are taken in float32 there
         self.kept = torch.promote_types(hidden.dtype, torch.float32) if hidden.device.type == "cpu" else hidden.dtype
@@ -85,7 +86,7 @@ class TokenDecoder:
             self.source = [self._projected(layer, hidden) for layer in range(len(stack.block))]
         else:
             self.hidden = at_least_float32(hidden)
-            self.source_bias = source_mask(attention_mask, self.hidden.dtype).squeeze(1)  # [B, 1, S]
+            self.source_bias = source_mask(attention_mask, self.hidden.dtype)
 
     def _make_room(self, layer: int, hidden: Tensor, most_tokens: int) -> None:
         attention = self.stack.block[layer].layer[0].SelfAttention
@@ -107,6 +108,26 @@ class TokenDecoder:
             for name in "kv"
         )
         return key, value
+
+    def keep(self, rows: Tensor) -> bool:
+        """Go on with some of the rows; whether the adaptation allows it.
+
+        Args:
+            rows: int64, those that stay, in order.
+        """
+        if self.adaptation is not None:
+            adaptation = self.adaptation.select(rows)
+            if adaptation is None:
+                return False
+            self.adaptation = adaptation
+        self.keys = [room.index_select(0, rows) for room in self.keys]
+        self.values = [room.index_select(0, rows) for room in self.values]
+        self.source_bias = self.source_bias.index_select(0, rows)
+        if self.project_source:
+            self.source = [(key.index_select(0, rows), value.index_select(0, rows)) for key, value in self.source]
+        else:
+            self.hidden = self.hidden.index_select(0, rows)
+        return True
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens [B], the last of each row -> [B, D], what the head reads."""
@@ -140,32 +161,9 @@ class TokenDecoder:
             mixed = attend(split_heads(attention, query).to(self.kept), *self.source[layer], self.source_bias)
             mixed = merge_heads(mixed).to(x.dtype)
         else:
-            mixed = self._attend_to_encoding(attention, query)
+            query = split_heads(attention, query)
+            mixed = unprojected_attention(query, self.hidden, attention.k.weight, attention.v.weight, self.source_bias)
         return project(attention, "cross", "o", layer, mixed, self.adaptation)
-
-    def _attend_to_encoding(self, attention: nn.Module, query: Tensor) -> Tensor:
-        """q (W_k h) = (q W_k) h and p (W_v h) = W_v (p h): the weights meet the query and the mixture, not every source token.
-
-        query [B, 1, H * d_kv] -> [B, 1, H * d_kv].
-        """
-        heads, size = attention.n_heads, attention.key_value_proj_dim
-        by_head = query.view(-1, heads, size).transpose(0, 1)  # [H, B, d_kv]
-        carried = torch.bmm(by_head, attention.k.weight.view(heads, size, -1)).transpose(0, 1)  # [B, H, D]
-        scores = torch.baddbmm(self.source_bias, carried.to(self.hidden.dtype), self.hidden.transpose(1, 2))
-        mixed = torch.bmm(scores.softmax(dim=-1), self.hidden).to(query.dtype).transpose(0, 1)  # [H, B, D]
-        value = torch.bmm(mixed, attention.v.weight.view(heads, size, -1).transpose(1, 2))  # [H, B, d_kv]
-        return value.transpose(0, 1).reshape(query.shape)
-
-
-def cheaper_to_project(tokens: int, source: int, d_model: int, d_kv: int) -> bool:
-    """Whether keys and values of every source token are worth their making.
-
-    Made once they cost 4 S D H d_kv operations and then 4 S H d_kv a token; carrying queries to the encoding costs
-    4 D H d_kv + 4 S D H a token. Half of the tokens at which the two are even is taken: many small products are slower than a
-    large one.
-    """
-    per_token = d_kv + source * (1 - d_kv / d_model)
-    return 2 * tokens * per_token > source * d_kv
 
 
 def project(attention: nn.Module, kind: str, name: str, layer: int, x: Tensor, adaptation: Adaptation | None) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from hdscale.modeling import build_model, greedy
-from hdscale.modeling.inference import cheaper_to_project
 from tests.adapted import method_config, random_batch, relative_error, shaken, tiny_base
 from tests.test_modeling_model import METHODS, SIZES
 
@@ -82,6 +81,50 @@ def test_the_end_may_be_read_a_token_late(bases, monkeypatch, late):
     assert any(length < most for most, length in lengths) and any(length == most == 9 for most, length in lengths)
 
 
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_that_have_ended_are_dropped(bases, monkeypatch, name, late):
+    monkeypatch.setattr(greedy, "lateness", lambda device: late)
+    method, options = METHODS[name]
+    dropped = 0
+
+    class Watched(greedy.TokenDecoder):
+        def keep(self, rows):
+            nonlocal dropped
+            kept = super().keep(rows)
+            dropped += kept
+            return kept
+
+    monkeypatch.setattr(greedy, "TokenDecoder", Watched)
+    for seed in range(4):
+        one, two, three = random_batch(seed), random_batch(seed + 50), random_batch(seed + 90)
+        batch = {key: torch.cat([one[key], two[key], three[key]]) for key in one}
+        model = ending_sooner(shaken(build_model(method_config(bases["v1.1"], method, **options)), seed=seed), 5.0)
+        source = batch["input_ids"], batch["attention_mask"], batch["task_ids"]
+        ids, scores = model.generate_with_scores(*source, max_new_tokens=14)
+        assert torch.equal(ids, by_transformers(model, batch, max_new_tokens=14))
+        generated = ids[:, 1:]
+        ended = (generated == 1).cumsum(dim=1) - (generated == 1).long() > 0
+        labels = generated.masked_fill(ended | (generated == 0), -100)
+        assert torch.allclose(scores, model.log_likelihood(*source[:2], labels, source[2]), rtol=1e-4, atol=1e-4)
+    assert dropped > 0 or name != "hyperdecoder"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_some_instances_of_an_adaptation(bases, name):
+    method, options = METHODS[name]
+    model, batch = shaken(build_model(method_config(bases["v1.1"], method, **options))), random_batch()
+    rows = torch.tensor([2, 0])
+    with torch.no_grad():
+        encoded = model.encode(batch["input_ids"], batch["attention_mask"], batch["task_ids"])
+        adaptation = encoded.adaptation.for_generation() if encoded.adaptation is not None else None
+        whole = greedy.greedy_decode(model.base, encoded.hidden, batch["attention_mask"], adaptation, 6)
+        some = adaptation.select(rows) if adaptation is not None else None
+        assert adaptation is None or some is not None
+        found = greedy.greedy_decode(model.base, encoded.hidden[rows], batch["attention_mask"][rows], some, 6)
+    assert torch.equal(found.ids, whole.ids[rows][:, : found.ids.shape[1]])
+
+
 @pytest.mark.parametrize("least", [0, 2])
 def test_scores_are_those_of_a_pass_of_their_own(bases, least):
     batch = random_batch()
@@ -97,10 +140,3 @@ def test_scores_are_those_of_a_pass_of_their_own(bases, least):
     # beams go through transformers, and are scored by a pass of their own
     ids, scores = model.generate_with_scores(*source, num_beams=2, max_new_tokens=4)
     assert ids.shape[0] == scores.shape[0] == 3 and bool((scores < 0).all())
-
-
-def test_projecting_the_source_pays_for_long_answers_only():
-    assert not cheaper_to_project(tokens=2, source=46, d_model=512, d_kv=64)
-    assert cheaper_to_project(tokens=64, source=512, d_model=768, d_kv=64)
-    # heads wider than the model: the encoding is the smaller thing to attend to
-    assert not cheaper_to_project(tokens=100, source=46, d_model=32, d_kv=128)

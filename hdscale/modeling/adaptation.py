@@ -70,6 +70,14 @@ class Adaptation:
         """The same adaptation with everything generated once, to be applied token by token."""
         return self
 
+    def select(self, rows: Tensor) -> Adaptation | None:
+        """The same adaptation, made for generation, for some of its instances; None where it cannot be cut.
+
+        Args:
+            rows: int64, the instances that stay, in order.
+        """
+        return None
+
     def for_training(self, length: int) -> Adaptation:
         """The same adaptation for one pass over `length` tokens, in which layers may share work of the backward pass."""
         return self
@@ -112,6 +120,10 @@ class ComposedAdaptation(Adaptation):
     def for_generation(self) -> Adaptation:
         return ComposedAdaptation([member.for_generation() for member in self.members])
 
+    def select(self, rows: Tensor) -> Adaptation | None:
+        members = [member.select(rows) for member in self.members]
+        return None if any(member is None for member in members) else ComposedAdaptation(members)
+
     def for_training(self, length: int) -> Adaptation:
         return ComposedAdaptation([member.for_training(length) for member in self.members])
 
@@ -151,6 +163,12 @@ class LayerwiseAdaptation(Adaptation):
         cached = {id(member): member.for_generation() for member, _ in self.layers}
         return LayerwiseAdaptation([(cached[id(member)], index) for member, index in self.layers])
 
+    def select(self, rows: Tensor) -> Adaptation | None:
+        cut = {id(member): member.select(rows) for member, _ in self.layers}
+        if any(member is None for member in cut.values()):
+            return None
+        return LayerwiseAdaptation([(cut[id(member)], index) for member, index in self.layers])
+
     def for_training(self, length: int) -> Adaptation:
         prepared = {id(member): member.for_training(length) for member, _ in self.layers}
         return LayerwiseAdaptation([(prepared[id(member)], index) for member, index in self.layers])
@@ -187,6 +205,10 @@ class ScaledAdaptation(Adaptation):
 
     def for_generation(self) -> Adaptation:
         return ScaledAdaptation(self.inner.for_generation(), self.scale)
+
+    def select(self, rows: Tensor) -> Adaptation | None:
+        inner = self.inner.select(rows)
+        return None if inner is None else ScaledAdaptation(inner, self.scale)
 
     def for_training(self, length: int) -> Adaptation:
         return ScaledAdaptation(self.inner.for_training(length), self.scale)

@@ -164,3 +164,7 @@ class CachedAdaptation(Adaptation):
 
     def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor:
         return apply_adapter(normed if self.normed_input else x, self.weights[layer])
+
+    def select(self, rows: Tensor) -> CachedAdaptation:
+        layers = [AdapterWeights(*(tensor.index_select(0, rows) for tensor in layer)) for layer in self.weights]
+        return CachedAdaptation(layers, self.normed_input)

@@ -97,6 +97,9 @@ class LoraAdaptation(Adaptation):
         key, updates = linear_key(attention, name), self.layers[layer]
         return y + updates[key](x) if key in updates else y
 
+    def select(self, rows: Tensor) -> LoraAdaptation:
+        return self  # the same for every instance
+
 
 class GeneratedLora(nn.Module):
     """Heads that turn a code into one linear's update: [A | B] = W code + c; B starts at 0.
@@ -155,3 +158,8 @@ class CachedLoraAdaptation(Adaptation):
     def projection(self, layer: int, attention: str, name: str, x: Tensor, y: Tensor) -> Tensor:
         update = self.layers[layer].get(linear_key(attention, name))
         return y if update is None else y + apply_low_rank(x, *update)
+
+    def select(self, rows: Tensor) -> CachedLoraAdaptation:
+        return CachedLoraAdaptation(
+            [{key: tuple(part.index_select(0, rows) for part in update) for key, update in layer.items()} for layer in self.layers]
+        )

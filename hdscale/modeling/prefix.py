@@ -62,3 +62,6 @@ class CachedPrefixAdaptation(Adaptation):
 
     def prefix(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.layers[layer]
+
+    def select(self, rows: Tensor) -> CachedPrefixAdaptation:
+        return CachedPrefixAdaptation([tuple(part.index_select(0, rows) for part in layer) for layer in self.layers])

@@ -175,6 +175,9 @@ class CachedHyperformerAdaptation(Adaptation):
     def after_feed_forward(self, layer: int, y: Tensor) -> Tensor:
         return apply_normed_adapter(y, self.layers[layer][PLACES.index("feed_forward")])
 
+    def select(self, rows: Tensor) -> CachedHyperformerAdaptation:
+        return CachedHyperformerAdaptation([[adapters.rows(rows) for adapters in layer] for layer in self.layers])
+
 
 class Hyperformer(Method):
     """Task-conditioned adapters after attention and feed-forward in both stacks; T5's layer norms train."""

@@ -149,7 +149,7 @@ def table(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seconds": one["seconds"],
                 "samples/s": one["batch"] / one["seconds"],
                 "efficiency": speed / alone,
-                "MB_sent_a_step": sum(one["bytes"].values()) / 1e6,
+                "MB_in_collectives": sum(one["bytes"].values()) / 1e6,
             }
         )
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 import torch
@@ -154,6 +155,53 @@ def test_flex_attention_computes_what_the_cpu_does(lengths):
     assert not found.isnan().any()  # padding sees padding
     wanted = packed.attend(query, key, value)
     assert (found - wanted)[:, :, :total].abs().max() < 1e-5
+
+
+def test_gradients_of_the_flex_attention_that_a_gpu_computes(monkeypatch):
+    """PyTorch refuses a backward pass on a CPU, since its kernels have none there; its own definition of FlexAttention has one.
+
+    Of queries, keys, values and, as in full fine-tuning, of the position bias.
+    """
+    flex = sys.modules[flex_attention.__module__]
+    if not hasattr(flex, "_validate_device"):
+        pytest.skip("this PyTorch has no check of the device under the name known here")
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    heads, size, lengths = 2, 8, MANY[:5]
+    results = []
+    for kind in ("flex", "instances"):
+        packed = packing_of(lengths, heads)
+        packed.bias.requires_grad_()
+        generator = torch.Generator().manual_seed(1)
+        own = [torch.randn(1, heads, sum(lengths), size, generator=generator).requires_grad_() for _ in range(3)]
+        attend = packed._flexible(flex_attention) if kind == "flex" else packed._instance_by_instance()
+        output = attend(*own)
+        output.backward(torch.cos(torch.arange(output.numel()).view_as(output)))
+        # the bias is a function of the distance: a gradient summed over its diagonals is what reaches the table
+        grad = packed.bias.grad[0]
+        diagonals = [grad.diagonal(offset, dim1=1, dim2=2).sum(dim=1) for offset in range(1 - max(lengths), max(lengths))]
+        results.append([output.detach(), *(one.grad for one in own), torch.stack(diagonals)])
+    for found, wanted in zip(*results, strict=True):
+        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_flex_attention_is_traced_once_for_many_lengths():
+    """What `torch.compile` traces, run without making kernels of it: the same numbers, and no graph for each length."""
+    kernel = torch.compile(flex_attention, dynamic=True, backend="aot_eager")
+    heads, size = 2, 16
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    count = torch._dynamo.utils.counters["stats"]
+    graphs = []
+    with torch.no_grad():
+        for number in range(6):
+            lengths = [random.Random(number).randint(1, 60 + 20 * number) for _ in range(6 + number)]
+            packed = packing_of(lengths, heads, pad=-sum(lengths) % BLOCK, seed=number)
+            generator = torch.Generator().manual_seed(1)
+            own = [torch.randn(1, heads, packed.positions.shape[0], size, generator=generator) for _ in range(3)]
+            found = packed._flexible(kernel)(*own)
+            assert (found - packed.attend(*own))[:, :, : sum(lengths)].abs().max() < 1e-5
+            graphs.append(count["unique_graphs"])
+    assert graphs[-1] == graphs[2] <= 3, graphs
 
 
 @pytest.mark.parametrize("lengths", [*LENGTHS.values(), MANY, [300, 128, 84], [BLOCK] * 3], ids=str)

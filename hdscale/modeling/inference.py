@@ -1,8 +1,8 @@
 """Passes without gradients over the stacks: fewer and larger operations than the modules of transformers make.
 
-Norms and activations are one operation each, masks and position biases are made once for all layers, and the decoder keeps its
-keys and values in tensors that are there from the start. The linears are the base's own modules, and an `Adaptation`'s hooks
-run in the same places as in training. Results equal those of the modules up to rounding.
+Masks and position biases are made once for all layers, and the decoder keeps its keys and values in tensors that are there from
+the start. Linears, norms and feed-forwards are the base's own modules, and an `Adaptation`'s hooks run in the same places as in
+training. Results equal those of the stacks' own passes up to rounding.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import NewGELUActivation
 
 from hdscale.modeling.adaptation import Adaptation
 from hdscale.modeling.cross_attention import DECODING_GAIN, few_targets, unprojected_attention
@@ -32,7 +31,7 @@ def encode(stack: nn.Module, input_ids: Tensor, attention_mask: Tensor, adaptati
     bias = masked(bias, attention_mask[:, None, None, :].bool())
     for layer, block in enumerate(stack.block):
         attention = block.layer[0].SelfAttention
-        normed = norm(block.layer[0].layer_norm, x)
+        normed = block.layer[0].layer_norm(x)
         query, key, value = (split_heads(attention, project(attention, "self", name, layer, normed, adaptation)) for name in "qkv")
         seen, prefix = bias, None if adaptation is None else adaptation.prefix(layer)
         if prefix is not None:
@@ -41,7 +40,7 @@ def encode(stack: nn.Module, input_ids: Tensor, attention_mask: Tensor, adaptati
         mixed = merge_heads(attend(query, key, value, seen))
         x = x + self_attention_output(attention, layer, mixed, adaptation)
         x = add_feed_forward(block.layer[-1], layer, x, adaptation)
-    return norm(stack.final_layer_norm, x)
+    return stack.final_layer_norm(x)
 
 
 class TokenDecoder:
@@ -139,11 +138,11 @@ class TokenDecoder:
             x = x + self._cross_attention(block.layer[1], layer, x)
             x = add_feed_forward(block.layer[-1], layer, x, self.adaptation)
         self.decoded += 1
-        return norm(self.stack.final_layer_norm, x.squeeze(1))
+        return self.stack.final_layer_norm(x.squeeze(1))
 
     def _self_attention(self, sub: nn.Module, layer: int, x: Tensor, bias: Tensor) -> Tensor:
         attention, prefix = sub.SelfAttention, self.prefixes[layer]
-        normed = norm(sub.layer_norm, x)
+        normed = sub.layer_norm(x)
         query, key, value = (
             split_heads(attention, project(attention, "self", name, layer, normed, self.adaptation)).to(self.kept) for name in "qkv"
         )
@@ -156,7 +155,7 @@ class TokenDecoder:
 
     def _cross_attention(self, sub: nn.Module, layer: int, x: Tensor) -> Tensor:
         attention = sub.EncDecAttention
-        query = project(attention, "cross", "q", layer, norm(sub.layer_norm, x), self.adaptation)
+        query = project(attention, "cross", "q", layer, sub.layer_norm(x), self.adaptation)
         if self.project_source:
             mixed = attend(split_heads(attention, query).to(self.kept), *self.source[layer], self.source_bias)
             mixed = merge_heads(mixed).to(x.dtype)
@@ -182,35 +181,13 @@ def self_attention_output(attention: nn.Module, layer: int, mixed: Tensor, adapt
 
 def add_feed_forward(sub: nn.Module, layer: int, x: Tensor, adaptation: Adaptation | None) -> Tensor:
     """The feed-forward sub-layer with its residual."""
-    normed = norm(sub.layer_norm, x)
-    y = feed_forward(sub.DenseReluDense, normed)
+    normed = sub.layer_norm(x)
+    y = sub.DenseReluDense(normed)
     if adaptation is None:
         return x + y
     y = x + adaptation.after_feed_forward(layer, y)
     branch = adaptation.parallel(layer, x, normed)
     return y if branch is None else y + branch
-
-
-def feed_forward(dense: nn.Module, x: Tensor) -> Tensor:
-    """The feed-forward of v1.0 (one input linear) or of v1.1 (gated)."""
-    if hasattr(dense, "wi"):
-        hidden = activation(dense.act, dense.wi(x))
-    else:
-        hidden = activation(dense.act, dense.wi_0(x)) * dense.wi_1(x)
-    return dense.wo(hidden.to(dense.wo.weight.dtype))
-
-
-def activation(module: nn.Module, x: Tensor) -> Tensor:
-    """The activation; transformers spells `gelu_new` out in eight operations."""
-    return F.gelu(x, approximate="tanh") if isinstance(module, NewGELUActivation) else module(x)
-
-
-def norm(module: nn.Module, x: Tensor) -> Tensor:
-    """T5's layer norm: by the root mean square."""
-    # of float64 transformers takes the mean in float32
-    if module.weight.dtype != x.dtype or x.dtype == torch.float64 or not hasattr(module, "variance_epsilon"):
-        return module(x)
-    return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -68,7 +68,9 @@ def test_the_model_is_the_one_that_transformers_loads(tmp_path, family, dtype):
     assert ours.training == theirs.training
     ids = torch.randint(2, 100, (2, 5))
     with torch.no_grad():
-        torch.testing.assert_close(ours(input_ids=ids, labels=ids).logits, theirs(input_ids=ids, labels=ids).logits, rtol=0, atol=0)
+        logits, wanted = ours(input_ids=ids, labels=ids).logits, theirs(input_ids=ids, labels=ids).logits
+    # the weights are the same bits; norms and activations are one operation each, which rounds less often
+    assert (logits - wanted).norm() <= {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * wanted.norm()
 
 
 @pytest.mark.parametrize(

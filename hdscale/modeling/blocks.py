@@ -1,8 +1,9 @@
 """Transformers' T5 and MT5 blocks, made to carry an `Adaptation` through their forward.
 
 A base model is adapted by giving its own blocks a subclass of their class: weights, names and every code path of
-transformers stay as they are, and with `adaptation=None` a block computes exactly what it did before. How the stacks hand
-masks and position biases to their blocks is in `hdscale.modeling.stacks`.
+transformers stay as they are, and with `adaptation=None` a block computes what it did before, up to rounding: norms and GELU are one
+operation each (`hdscale.modeling.elementwise`). How the stacks hand masks and position biases to their blocks is in
+`hdscale.modeling.stacks`.
 """
 
 from __future__ import annotations

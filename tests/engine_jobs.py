@@ -137,13 +137,16 @@ def non_finite(ranks: Ranks, fault: str, folder: str, **config: Any) -> dict[str
         model.begin(step)
         micro = micro_batches(step, ranks.rank, ranks.world_size, 2)
         rows = [Row(f"task{ranks.rank}", f"{step}-{ranks.rank}-{index}") for index in range(BATCH // ranks.world_size)]
+        before = dict(engine.trainable_tensors())
         try:
             engine.train_step(micro, rows).result()
         except NonFiniteError as error:
             message = str(error)
             break
         save_checkpoint(engine, folder, {})
-    return {"message": message, "step": engine.step}
+    after = dict(engine.trainable_tensors())
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    return {"message": message, "step": engine.step, "unchanged": same}
 
 
 def save_poisoned(ranks: Ranks, folder: str) -> str:

@@ -112,12 +112,12 @@ def test_shards_and_stages():
 def test_recomputing_activations_costs_operations_and_saves_memory(where):
     config = glue("xl")
     count, sides, heads = counted(config)
-    base, work = architecture(config), work_of(config, 16, "cuda", sides)
+    base, work = architecture(config), work_of(config, 32, "cuda", sides)
     again = dataclasses.replace(work, checkpointing=where)
     sharding = Sharding(1, 2)
     assert (
         step_memory(base, again, sharding, count.base, count.trainable, heads).peak
-        < 0.75 * step_memory(base, work, sharding, count.base, count.trainable, heads).peak
+        < 0.7 * step_memory(base, work, sharding, count.base, count.trainable, heads).peak
     )
     ratio = compute.row_flops(base, again, 128).training / compute.row_flops(base, work, 128).training
     assert 1.3 < ratio < 1.55

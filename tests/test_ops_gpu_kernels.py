@@ -84,7 +84,7 @@ def test_kernels_in_the_emulator(emulator, shape):
 def test_kernels_in_the_emulator_at_many_shapes(emulator):
     """Shapes drawn anew at each run; shape and seed are in the message."""
     draw = random.SystemRandom()
-    for _ in range(12):
+    for _ in range(25):
         shape = Shape(
             B=draw.randint(1, 80), T=draw.randint(1, 70), D=draw.randint(8, 70), A=draw.randint(1, 40),
             K=draw.randint(1, 140), N=draw.randint(1, 3),

@@ -119,10 +119,10 @@ def test_many_random_shapes():
     """Inputs and shapes drawn anew at each run; the seed is in the message."""
     seed = random.SystemRandom().randrange(1 << 30)
     draw = random.Random(seed)
-    for _ in range(40):
+    for _ in range(60):
         B, T, K = draw.randint(0, 129), draw.randint(1, 130), draw.randint(1, 256)
         D, A = int(8 * 512 ** draw.random()), int(800 ** draw.random())
-        while max(B, 1) * D * A > 1 << 21:
+        while max(B, 1) * D * A > 1 << 22:
             B = (B + 1) // 2 if B > 1 else B
             A = max(1, A // 2)
         shape, dtype = Shape(B, T, D, A, K, draw.randint(1, 2)), draw.choice(DTYPES)

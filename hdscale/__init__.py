@@ -1,6 +1,6 @@
 """hdscale: train hyperdecoders (instance-specific decoders for T5) at cluster scale.
 
-    from hdscale import HyperdecoderConfig, build_model, from_pretrained
+from hdscale import HyperdecoderConfig, build_model, from_pretrained
 """
 
 from typing import Any

@@ -12,7 +12,10 @@ from hdscale.errors import EXIT_USER_ERROR, UserError, report
 VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("hdscale.data.prepare", "fetch data, tokenizer and weights into a folder for offline machines"),
     "train": ("hdscale.train", "train, evaluate and test a model (one process, or a rank under SLURM)"),
-    "evaluate": ("hdscale.evaluation.evaluate_cli", "evaluate a run, an export or any seq2seq or extractive-QA checkpoint"),
+    "evaluate": (
+        "hdscale.evaluation.evaluate_cli",
+        "evaluate a run, an export or any seq2seq or extractive-QA checkpoint",
+    ),
     "predict": ("hdscale.evaluation.predict", "predict for JSON lines: any task, or free text"),
     "params": ("hdscale.modeling.params", "count parameters by part, and the trainable share"),
     "convert": ("hdscale.modeling.convert", "read the released implementation's checkpoint"),
@@ -34,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments of a command line; `run` is the verb's function."""
-    parser = argparse.ArgumentParser(prog="hdscale", description="Train hyperdecoders at cluster scale.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="hdscale", description="Train hyperdecoders at cluster scale.", allow_abbrev=False
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     wanted = argv[0] if argv else None
     for name, (module_name, help_line) in VERBS.items():

@@ -75,7 +75,9 @@ def check_keys(node: DictConfig, layer: Any, origin: str, prefix: str = "") -> N
     for key, value in layer.items():
         if key not in node:
             full = f"{prefix}{key}"
-            raise UserError(f"{origin}: unknown key '{full}'{nearest(full, [prefix + str(k) for k in node] + all_keys())}")
+            raise UserError(
+                f"{origin}: unknown key '{full}'{nearest(full, [prefix + str(k) for k in node] + all_keys())}"
+            )
         child = OmegaConf.select(node, str(key)) if OmegaConf.is_dict(node) else None
         if isinstance(child, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(child)) and value is not None:
             check_keys(child, value, origin, f"{prefix}{key}.")

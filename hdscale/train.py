@@ -1,8 +1,8 @@
 """The whole run, from top to bottom: configuration, data, model, engine, loop, results.
 
-    deepspeed hdscale/train.py --config configs/glue_large.yaml key=value ...     one node
-    srun python hdscale/train.py --config ... key=value ...                       under SLURM (see slurm/)
-    hdscale train --config ... key=value ...                                      one process
+deepspeed hdscale/train.py --config configs/glue_large.yaml key=value ...     one node
+srun python hdscale/train.py --config ... key=value ...                       under SLURM (see slurm/)
+hdscale train --config ... key=value ...                                      one process
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         )
         log.info("mixture: " + ", ".join(f"{name} {share:.1%}" for name, share in mixture.proportions.items()))
         if config.train.epochs is not None:
-            config.train.max_steps = max(1, math.ceil(config.train.epochs * len(mixture) / config.train.global_batch_size))
+            config.train.max_steps = max(
+                1, math.ceil(config.train.epochs * len(mixture) / config.train.global_batch_size)
+            )
             log.info(f"{config.train.epochs:g} epochs of {len(mixture):,} rows: {config.train.max_steps:,} steps")
 
         # ---- model and engine: a frozen base, float32 masters of what trains
@@ -235,7 +237,9 @@ def micro_batches_of(rows: list[Row], ranks: Ranks, train: TrainSettings, budget
 
 def keep_backend(model: AdaptedModel, settled: Settled, log: RunLog) -> None:
     """`method.backend=auto` is decided by the run's first session: another implementation has other bits."""
-    generators = [module for module in model.modules() if isinstance(module, GeneratedAdapterHeads) and module.backend == "auto"]
+    generators = [
+        module for module in model.modules() if isinstance(module, GeneratedAdapterHeads) and module.backend == "auto"
+    ]
     if not generators:
         return
     device = next(model.parameters()).device.type
@@ -246,7 +250,9 @@ def keep_backend(model: AdaptedModel, settled: Settled, log: RunLog) -> None:
         for module in generators:
             module.backend = kept
     elif kept != kernels or not availability(kernels).usable:
-        log.warning(f"the run began with the {kept} kernels, which are not to be had here: losses will differ in their last bits")
+        log.warning(
+            f"the run began with the {kept} kernels, which are not to be had here: losses will differ in their last bits"
+        )
 
 
 def evaluation_due(config: Config, step: int) -> bool:
@@ -396,7 +402,9 @@ def run(args: argparse.Namespace) -> int:
 
 def main() -> int:
     """For `deepspeed hdscale/train.py` and `srun python hdscale/train.py`."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train, evaluate and test a model.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train, evaluate and test a model.", allow_abbrev=False
+    )
     add_arguments(parser)
     return run(parser.parse_args())
 

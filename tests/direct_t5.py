@@ -62,9 +62,7 @@ class DirectT5:
     def norm(self, name: str, x: Tensor) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + self.config.layer_norm_epsilon).sqrt() * self.weights[name]
 
-    def attention(
-        self, side: str, layer: int, kind: str, x: Tensor, source: Tensor, hooks: Hooks
-    ) -> Tensor:
+    def attention(self, side: str, layer: int, kind: str, x: Tensor, source: Tensor, hooks: Hooks) -> Tensor:
         sub, module = {"self": (0, "SelfAttention"), "cross": (1, "EncDecAttention")}[kind]
         stem = f"{side}.block.{layer}.layer.{sub}.{module}"
 

@@ -71,7 +71,10 @@ def train(ranks: Ranks, variants: list[dict[str, Any]], steps: int, micro: int =
     for variant in variants:
         dropout = variant.pop("dropout", 0.1)
         engine = build_engine(ToyModel(dropout), settings(**variant), ranks)
-        done = [engine.train_step(micro_batches(step, ranks.rank, ranks.world_size, micro)).result() for step in range(steps)]
+        done = [
+            engine.train_step(micro_batches(step, ranks.rank, ranks.world_size, micro)).result()
+            for step in range(steps)
+        ]
         results.append(
             {
                 "losses": [result.loss for result in done],
@@ -330,7 +333,9 @@ def adapted_gradients(
             return resolve(*arguments, **options)
 
         generated.resolve_backend = recorded
-        config = HyperdecoderConfig.from_dict({"model": {"name": base, "dropout": 0.0}, "method": method, "tasks": ["a", "b"]})
+        config = HyperdecoderConfig.from_dict(
+            {"model": {"name": base, "dropout": 0.0}, "method": method, "tasks": ["a", "b"]}
+        )
         run = settings(warmup_steps=0, gradient_clipping=0.0, **variant)
         dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
         model = build_model(config, dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
@@ -383,13 +388,16 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(function)
         by_boolean = name.startswith("aten.index") and any(
-            torch.is_tensor(one) and one.dtype == torch.bool for one in (args[1] if len(args) > 1 and isinstance(args[1], list) else [])
+            torch.is_tensor(one) and one.dtype == torch.bool
+            for one in (args[1] if len(args) > 1 and isinstance(args[1], list) else [])
         )
         if by_boolean or any(word in name for word in WAITING):
             stack = traceback.extract_stack()
             if not any(part in frame.filename for frame in stack for part in HOST_ONLY):
                 own = [frame for frame in stack if "/torch/" not in frame.filename][-2:]
-                self.found.append(f"{name}: " + " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(own)))
+                self.found.append(
+                    f"{name}: " + " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(own))
+                )
         return function(*args, **(kwargs or {}))
 
 
@@ -398,12 +406,15 @@ def waits_of_a_step(ranks: Ranks, base: str, **config: Any) -> dict[str, list[st
     from hdscale.modeling import HyperdecoderConfig, build_model
 
     sizes = {"encoder": {"dim": 4}, "decoder": {"dim": 4, "adapter": "generated"}, "hypernet": {"bottleneck": 8}}
-    model_config = HyperdecoderConfig.from_dict({"model": {"name": base}, "method": {"name": "hyperdecoder", **sizes}, "tasks": []})
+    model_config = HyperdecoderConfig.from_dict(
+        {"model": {"name": base}, "method": {"name": "hyperdecoder", **sizes}, "tasks": []}
+    )
     model = build_model(model_config, torch.bfloat16, ranks.device, trainable_dtype=torch.float32)
     engine = build_engine(model, settings(**config), ranks)
     for step in range(2):
         batches = [
-            collate([TextRow([5, 6, 7, 1], [8, 1], 0, "a", "t"), TextRow([5, 6, 1], [8, 9, 1], 0, "b", "t")], 0) for _ in range(2)
+            collate([TextRow([5, 6, 7, 1], [8, 1], 0, "a", "t"), TextRow([5, 6, 1], [8, 9, 1], 0, "b", "t")], 0)
+            for _ in range(2)
         ]
         if step == 0:
             # AdamW's state is made

@@ -52,9 +52,7 @@ class TinyModel(torch.nn.Module):
             decoder_start_token_id=0,
         )
         self.base = T5ForConditionalGeneration(config)
-        with (
-            torch.no_grad()
-        ):  # far from uniform, and </s> likely: different rows give different texts and lengths
+        with torch.no_grad():  # far from uniform, and </s> likely: different rows give different texts and lengths
             for parameter in self.base.parameters():
                 parameter.mul_(3.0)
         self.batches: list[int] = []
@@ -87,9 +85,7 @@ def make_tasks(folder: Path, rows: int = 23) -> tuple[dict[str, Task], DataSetti
 
     def words(most: int) -> str:
         count = int(torch.randint(1, most, (), generator=generator))
-        return " ".join(
-            WORDS[int(n)] for n in torch.randint(0, len(WORDS) - 6, (count,), generator=generator)
-        )
+        return " ".join(WORDS[int(n)] for n in torch.randint(0, len(WORDS) - 6, (count,), generator=generator))
 
     table = [{"text": words(40), "label": str(n % 2), "answer": words(5)} for n in range(rows)]
     data = write_rows(folder / "rows.jsonl", table)

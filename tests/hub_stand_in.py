@@ -46,11 +46,7 @@ class StandIn:
         """The files of a revision, by branch or by commit."""
         revisions = self.repos.get((kind, name), {})
         return next(
-            (
-                files
-                for known, files in revisions.items()
-                if revision in (known, self.commit(kind, name, known))
-            ),
+            (files for known, files in revisions.items() if revision in (known, self.commit(kind, name, known))),
             None,
         )
 
@@ -133,9 +129,7 @@ class Handler(BaseHTTPRequestHandler):
                     digest = hashlib.sha256(content).hexdigest()
                     sibling["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 130}
             siblings.append(sibling)
-        text = json.dumps(
-            {"id": name, "sha": self.hub.commit(kind, name, revision), "siblings": siblings}
-        ).encode()
+        text = json.dumps({"id": name, "sha": self.hub.commit(kind, name, revision), "siblings": siblings}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))

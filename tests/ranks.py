@@ -131,7 +131,9 @@ def answer_of(process: Any, pipe: Connection) -> tuple[bool, Any]:
         return False, f"died with exit code {process.exitcode}"
 
 
-def work(pipe: Connection, repository: str, target: str, kwargs: dict[str, Any], rank: int, world_size: int, port: int) -> None:
+def work(
+    pipe: Connection, repository: str, target: str, kwargs: dict[str, Any], rank: int, world_size: int, port: int
+) -> None:
     """One rank of one job: join the process group, run, answer."""
     # DeepSpeed collects garbage explicitly, and the server's imports are a million objects that are none
     gc.freeze()

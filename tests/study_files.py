@@ -42,7 +42,9 @@ def finish(store: Store, study: Study, alpha: float = 0.2) -> None:
         folder = store.run_folder(run.name)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text("{}")
-        lines = [{"kind": "train", "step": s, "loss": loss + 4 - s, "memory_gb": 0.5, "seconds": s} for s in range(1, 5)]
+        lines = [
+            {"kind": "train", "step": s, "loss": loss + 4 - s, "memory_gb": 0.5, "seconds": s} for s in range(1, 5)
+        ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "results.json").write_text(
             json.dumps(

@@ -54,7 +54,14 @@ def test_compare_is_scipys_tests_with_holms_correction(runs):
     ours, theirs = ([read_run(runs[name, seed]) for seed in range(5)] for name in ("hyperdecoder", "adapter"))
     table = comparison_table(list(reversed(ours)), theirs, ["paired-t", "welch"], without=["cola"])
     rows = {row[0]: row for row in table.rows}
-    assert list(rows) == ["rte accuracy", "cola matthews", "mrpc accuracy", "mrpc f1", "average", "average without cola"]
+    assert list(rows) == [
+        "rte accuracy",
+        "cola matthews",
+        "mrpc accuracy",
+        "mrpc f1",
+        "average",
+        "average without cola",
+    ]
     a, b = ([run.tasks["rte"]["accuracy"] for run in part] for part in (ours, theirs))
     paired, welch = stats.ttest_rel(a, b).pvalue, stats.ttest_ind(a, b, equal_var=False).pvalue
     assert paired < 0.001 < 0.05 < welch
@@ -110,11 +117,22 @@ def test_tables_put_runs_beside_the_paper(tmp_path, capsys):
     own = next(row for row in rows if "here, 2 runs" in row and len(row) == len(header))
     assert own[0] == "Hyperdecoder (ours)"
     found = dict(zip(header, own, strict=True))
-    assert (found["RTE"], found["CoLA"], found["Avg"], found["SST-2"]) == ("81.5 ± 0.7", "50.0 ± 0.0", "66.5 ± 0.7", "–")
+    assert (found["RTE"], found["CoLA"], found["Avg"], found["SST-2"]) == (
+        "81.5 ± 0.7",
+        "50.0 ± 0.0",
+        "66.5 ± 0.7",
+        "–",
+    )
     assert found["trainable"] == "2.87%"
     # the same runs stand in Tables 8, 9 and 13 too, and the classifier's in Table 7
     titles = [line for line in printed.splitlines() if line.startswith("# Table")]
-    assert [title.split(":")[0] for title in titles] == ["# Table 1", "# Table 7", "# Table 8", "# Table 9", "# Table 13"]
+    assert [title.split(":")[0] for title in titles] == [
+        "# Table 1",
+        "# Table 7",
+        "# Table 8",
+        "# Table 9",
+        "# Table 13",
+    ]
     assert any(row[:2] == ["Hyperdecoder (ours)", "here, 2 runs"] and row[-1] == "74.5" for row in rows)
 
 
@@ -132,7 +150,12 @@ def test_tables_of_other_runs(tmp_path, capsys):
     assert main(["analyze", "tables", "--runs", str(tmp_path)]) == 2
     assert "--table runs" in capsys.readouterr().err
     out = tmp_path / "tables" / "mine.tex"
-    assert main(["analyze", "tables", "--runs", str(tmp_path), "--table", "runs", "--format", "latex", "--output", str(out)]) == 0
+    assert (
+        main(
+            ["analyze", "tables", "--runs", str(tmp_path), "--table", "runs", "--format", "latex", "--output", str(out)]
+        )
+        == 0
+    )
     assert r"mine & hyperdecoder & 2.87\% & 61.2 & 61.2 \\" in out.read_text()
     (tmp_path / "mine" / "results.json").write_text("{")
     assert main(["analyze", "tables", "--runs", str(tmp_path)]) == 2
@@ -146,7 +169,11 @@ def test_formats():
         "| ---- | --------: |",
         "| a_b  | 1.0 ± 0.2 |",
     ]
-    assert list(csv.reader(render(table, "csv").splitlines()))[:3] == [["name", "x|y"], ["a_b", "1.0 ± 0.2"], ["c", "50%"]]
+    assert list(csv.reader(render(table, "csv").splitlines()))[:3] == [
+        ["name", "x|y"],
+        ["a_b", "1.0 ± 0.2"],
+        ["c", "50%"],
+    ]
     latex = render(table, "latex")
     assert r"a\_b & 1.0 $\pm$ 0.2 \\" in latex and r"\caption{A \& B. note $^{*}$.}" in latex
     assert escape_latex("~1% {x} \\") == r"\textasciitilde{}1\% \{x\} \textbackslash{}"

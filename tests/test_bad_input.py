@@ -88,7 +88,9 @@ def test_deepspeed_json_that_contradicts(refused, tmp_path) -> None:
 def test_mirror_that_lacks_a_split(refused, tmp_path) -> None:
     mirror = tmp_path / "mirror" / "nyu-mll" / "glue" / "cola"
     mirror.mkdir(parents=True)
-    (mirror / "train-00000-of-00001.parquet").symlink_to(HUB / "nyu-mll" / "glue" / "cola" / "train-00000-of-00001.parquet")
+    (mirror / "train-00000-of-00001.parquet").symlink_to(
+        HUB / "nyu-mll" / "glue" / "cola" / "train-00000-of-00001.parquet"
+    )
     line = refused("data.tasks=[cola]", f"data.root={tmp_path / 'mirror'}")
     assert "validation" in line and str(mirror) in line
 

@@ -84,11 +84,19 @@ def test_decode(bench, tmp_path):
     assert bench("decode", *TINY, "--batch-size", "4", "--rows", "30", "--every", "3", "--tokens", "5", "--mixed-batches", "2", "--turns", "1",
                  "--json", str(target)) == 0  # fmt: skip
     found = json.loads(target.read_text())
-    assert [row["side"] for row in found["rows"]] == ["hdscale-fp32", "released-fp32", "hdscale-bf16", "released-bf16"] * 3
+    assert [row["side"] for row in found["rows"]] == [
+        "hdscale-fp32",
+        "released-fp32",
+        "hdscale-bf16",
+        "released-bf16",
+    ] * 3
     assert found["validation_rows"] == dict.fromkeys(rows.GLUE_LENGTHS, 30)
     assert 0 <= found["padding"]["hdscale"] < found["padding"]["released"] < 1
     # one batch in three stands for all
-    assert all(mean == pytest.approx(found["mean_source_tokens"]["whole"], rel=0.1) for mean in found["mean_source_tokens"].values())
+    assert all(
+        mean == pytest.approx(found["mean_source_tokens"]["whole"], rel=0.1)
+        for mean in found["mean_source_tokens"].values()
+    )
     for row in found["rows"]:
         assert row["rows/s"] == pytest.approx(row["rows"] / row["seconds"])
         other = next(one for one in found["rows"] if (one["what"], one["side"]) == (row["what"], "released-bf16"))
@@ -99,14 +107,20 @@ def test_both_sides_decode_every_row_once():
     args = argparse.Namespace(lengths="glue", seed=0, size="tiny-1", batch_size=4, tokens=5, every=1)
     mixed, sets = rows.make_rows(args, 10), rows.evaluation_sets(args, 7)
     for _, ours, theirs in decode.comparisons(args, mixed, sets):
-        one, other = (sorted((row.task, row.id) for batches, *_ in jobs for batch in batches for row in batch) for jobs in (ours, theirs))
+        one, other = (
+            sorted((row.task, row.id) for batches, *_ in jobs for batch in batches for row in batch)
+            for jobs in (ours, theirs)
+        )
         assert one == other and len(one) == decode.count_rows(ours)
         assert [lengths for _, *lengths in ours] == [lengths for _, *lengths in theirs]
 
 
 def test_the_released_manner_runs_transformers_modules():
     config = variants.hyperdecoder_settings("tiny-1", attention="eager", backend="torch")
-    model, ours = variants.as_released(build_model(config)).eval(), build_model(variants.hyperdecoder_settings("tiny-1")).eval()
+    model, ours = (
+        variants.as_released(build_model(config)).eval(),
+        build_model(variants.hyperdecoder_settings("tiny-1")).eval(),
+    )
     kinds = {type(module) for module in model.base.modules()}
     assert {T5Stack, T5Attention, T5LayerNorm, NewGELUActivation} <= kinds
     ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -154,7 +168,13 @@ def test_scaling(bench, tmp_path):
 
 def test_predictions_follow_bandwidth():
     args = argparse.Namespace(
-        predict_size="tiny-4", predict_batch=16, predict_tokens=48, tflops=0.001, nvlink=200.0, infiniband=25.0, latency=0.0
+        predict_size="tiny-4",
+        predict_batch=16,
+        predict_tokens=48,
+        tflops=0.001,
+        nvlink=200.0,
+        infiniband=25.0,
+        latency=0.0,
     )
     near, far = scaling.predictions(args)
     assert 0 < far["efficiency"] < near["efficiency"] < 1
@@ -183,4 +203,7 @@ def test_tables_fit(capsys, monkeypatch):
     report.publish("a title", lines, argparse.Namespace(json=None, markdown=None), torch.device("cpu"))
     printed = capsys.readouterr().out
     assert "a measured thing 7" in printed and "…" not in printed and max(map(len, printed.splitlines())) <= 60
-    assert report.command(["bench", "x", "--json", "a.json", "--rows", "3", "--markdown", "b.md", "--json"]) == "hdscale bench x --rows 3"
+    assert (
+        report.command(["bench", "x", "--json", "a.json", "--rows", "3", "--markdown", "b.md", "--json"])
+        == "hdscale bench x --rows 3"
+    )

@@ -145,7 +145,9 @@ IN_A_JOB = {
 }
 
 
-def run_script(env: dict[str, str], *arguments: str, script: str = "glue_large.sh", **more: str) -> tuple[int, str, str]:
+def run_script(
+    env: dict[str, str], *arguments: str, script: str = "glue_large.sh", **more: str
+) -> tuple[int, str, str]:
     """(exit code, what it printed, how SLURM's programs were called)."""
     done = subprocess.run(
         ["bash", f"slurm/{script}", f"run.dir={env['RUNS']}", *arguments],

@@ -50,7 +50,9 @@ def test_slurm(no_scontrol: None) -> None:
     assert (launch.launcher, launch.rank, launch.world_size) == ("slurm", 9, 12)
     assert (launch.local_rank, launch.local_world_size) == (1, 4)
     assert (launch.master_addr, launch.master_port) == ("gpu07", port_of_job(4711))
-    assert str(launch).startswith("started by srun (SLURM) job 4711 step 0 on gpu[07-08]: rank 9 of 12, local rank 1 of 4")
+    assert str(launch).startswith(
+        "started by srun (SLURM) job 4711 step 0 on gpu[07-08]: rank 9 of 12, local rank 1 of 4"
+    )
 
 
 def test_slurm_says_that_a_job_was_restarted(no_scontrol: None) -> None:

@@ -180,7 +180,9 @@ def test_dry_run_prints_the_script_and_writes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_without_sbatch_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_sbatch_it_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["launch", *small_config(tmp_path)]) == 2
     error = capsys.readouterr().err

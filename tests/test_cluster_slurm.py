@@ -320,7 +320,9 @@ def test_a_batch_job_is_the_run_of_a_local_launch(drills: dict[str, Future[Outco
 
 
 @pytest.mark.parametrize("name", ["signal", "requeue", "kill", "limit", "pre-emption"])
-def test_a_disturbed_run_ends_with_the_same_losses(name: str, drills: dict[str, Future[Outcome]], local: Outcome) -> None:
+def test_a_disturbed_run_ends_with_the_same_losses(
+    name: str, drills: dict[str, Future[Outcome]], local: Outcome
+) -> None:
     outcome = drills[name].result()
     assert outcome.restarts >= 1, outcome.log
     assert outcome.losses() == local.losses(), outcome.log
@@ -455,7 +457,9 @@ def test_a_sweep_is_an_array_with_bounded_parallelism(
     assert shown.count(" done ") == 2 and shown.count(" failed ") == 2
     assert "learning_rate=1e30,seed=1: " in shown and "loss" in shown
     for seed in (1, 2):
-        results = json.loads((place / "runs/sweep" / f"train.learning_rate=3e-4,seed={seed}" / "results.json").read_text())
+        results = json.loads(
+            (place / "runs/sweep" / f"train.learning_rate=3e-4,seed={seed}" / "results.json").read_text()
+        )
         assert results["steps"] == 12
     assert main(["launch", "--logs", "sweep", "--dir", runs, "--lines", "3"]) == 0
     assert capsys.readouterr().out.count("==>") == 4
@@ -477,7 +481,9 @@ def test_the_local_executor_comes_to_the_same(
     assert "started by submitit's local executor" in (outcome.folder / "train.log").read_text().splitlines()[0]
 
 
-def test_launch_cancels(place: Path, settings: list[str], on_slurm: SlurmCluster, capsys: pytest.CaptureFixture[str]) -> None:
+def test_launch_cancels(
+    place: Path, settings: list[str], on_slurm: SlurmCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = str(place / "runs")
     command = ["launch", "--config", "configs/glue_large.yaml", *settings, *ON_CLUSTER, "run.name=unwanted"]
     assert main([*command, "cluster.sbatch={begin: now+600}"]) == 0
@@ -506,7 +512,9 @@ def test_a_script_is_accepted_and_its_configuration_builds(script: str, on_slurm
     model = build_model(model_config(config), device="meta")
     assert 0 < sum(p.numel() for p in model.parameters() if p.requires_grad)
     options = dict(
-        line.removeprefix("#SBATCH --").split("=", 1) for line in text.splitlines() if "=" in line and line.startswith("#SBATCH")
+        line.removeprefix("#SBATCH --").split("=", 1)
+        for line in text.splitlines()
+        if "=" in line and line.startswith("#SBATCH")
     )
     if "run.name=" not in call:
         # the script and `hdscale launch` ask for the same machines
@@ -563,7 +571,9 @@ def test_a_mistake_is_one_line_and_submits_nothing(
 
 def test_sbatch_refuses_a_script_outside_of_the_repository(slurm: SlurmCluster, place: Path) -> None:
     log = place / "astray.out"
-    done = slurm.run("sbatch", "--parsable", *TWO_NODES, f"--output={log}", str(ROOT / "slurm/glue_large.sh"), cwd=place)
+    done = slurm.run(
+        "sbatch", "--parsable", *TWO_NODES, f"--output={log}", str(ROOT / "slurm/glue_large.sh"), cwd=place
+    )
     job = done.stdout.strip()
     cluster = Cluster(slurm, place, [])
     wait_until(lambda: cluster.ended(job), 60, "does not end")

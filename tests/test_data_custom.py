@@ -70,9 +70,7 @@ def test_documented_examples(file, sizes, source, target, monkeypatch):
     splits = {split: load_examples(task, split, settings) for split in SPLITS}
     assert tuple(len(rows) for rows in splits.values()) == sizes
     assert tuple(split_size(task, split, settings) for split in SPLITS) == sizes
-    first = (
-        splits["train"][0] if file != "regression" else next(r for r in splits["train"] if r.target == "5.0")
-    )
+    first = splits["train"][0] if file != "regression" else next(r for r in splits["train"] if r.target == "5.0")
     assert first.source.startswith(source) and first.target == target
     ids = [row.id for rows in splits.values() for row in rows]
     assert len(set(ids)) == len(ids)
@@ -178,10 +176,7 @@ def test_tsv_has_no_quoting_and_may_lack_a_header(tmp_path):
 
 
 def test_several_files_join_in_order(tmp_path):
-    paths = [
-        write_lines(tmp_path / f"{n}.jsonl", [{"text": f"row {n}", "label": "no"}] * (n + 1))
-        for n in range(2)
-    ]
+    paths = [write_lines(tmp_path / f"{n}.jsonl", [{"text": f"row {n}", "label": "no"}] * (n + 1)) for n in range(2)]
     found = load_examples(label_task(paths), "train", DataSettings())
     assert [(row.id, row.source) for row in found] == [
         ("train-0", "say: row 0"),

@@ -23,7 +23,9 @@ def row(source: int, target: int, name: object = "") -> Row:
 def some_rows(count: int, seed: int = 0) -> list[Row]:
     """Lengths spread like GLUE's: a few long rows among many short ones."""
     lengths = random.Random(seed)
-    return [row(min(128, int(lengths.lognormvariate(3.6, 0.6)) + 3), lengths.randint(2, 4), name) for name in range(count)]
+    return [
+        row(min(128, int(lengths.lognormvariate(3.6, 0.6)) + 3), lengths.randint(2, 4), name) for name in range(count)
+    ]
 
 
 @given(

@@ -36,9 +36,7 @@ def parquet(rows):
 def tiny_model(tied):
     """A T5 of a few thousand parameters."""
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=384, d_model=8, d_ff=16, d_kv=4, num_heads=2, num_layers=1, tie_word_embeddings=tied
-    )
+    config = T5Config(vocab_size=384, d_model=8, d_ff=16, d_kv=4, num_heads=2, num_layers=1, tie_word_embeddings=tied)
     return T5ForConditionalGeneration(config)
 
 
@@ -68,10 +66,7 @@ def hub(tmp_path):
     # a data set with a script on its main branch: only the hub's own conversion has parquet
     documents = parquet([{"source": f"document {n}", "target": f"summary {n}"} for n in range(4)])
     stand_in.add("datasets", "GEM/wiki_lingua", {"wiki_lingua.py": b"raise SystemExit"})
-    splits = {
-        f"en/wiki_lingua-{split}.parquet": documents
-        for split in ("train", "validation", "test", "sampled_test")
-    }
+    splits = {f"en/wiki_lingua-{split}.parquet": documents for split in ("train", "validation", "test", "sampled_test")}
     stand_in.add("datasets", "GEM/wiki_lingua", splits, revision="refs/convert/parquet")
     folder = tmp_path / "tokenizer"
     ByT5Tokenizer().save_pretrained(folder)
@@ -156,9 +151,7 @@ def test_a_mirror_is_filled_resumed_checked_and_used_offline(hub, tmp_path):
     files = manifest["files"]
     there = {path.relative_to(mirror).as_posix() for path in mirror.rglob("*") if path.is_file()}
     assert there == set(files) - {"tiny/t5/pytorch_model.bin"} | {"hdscale_manifest.json"}
-    assert not [
-        name for name in there if name.endswith((".md", ".h5", ".py")) or "cola" in name or "sampled" in name
-    ]
+    assert not [name for name in there if name.endswith((".md", ".h5", ".py")) or "cola" in name or "sampled" in name]
     assert files["GEM/wiki_lingua/en/wiki_lingua-test.parquet"]["revision"] == "refs/convert/parquet"
     assert all(len(record["commit"]) == 40 and len(record["sha256"]) == 64 for record in files.values())
     assert manifest["splits"] == {
@@ -202,9 +195,7 @@ def test_parts_are_left_out_and_missing_parts_named(hub, tmp_path):
     files = {path.name for path in (tmp_path / "safe" / "tiny/safe").iterdir()}
     assert {"model.safetensors", "config.json"} <= files and "pytorch_model.bin" not in files
     assert "model.name=safe/tiny/safe" in safe[1] and "data.root" not in safe[1]
-    assert not list((tmp_path / "words").rglob("*.safetensors")) and not list(
-        (tmp_path / "words").rglob("*.parquet")
-    )
+    assert not list((tmp_path / "words").rglob("*.safetensors")) and not list((tmp_path / "words").rglob("*.parquet"))
     assert "model.tokenizer=words/tiny/safe" in words[1]
     assert bare[0] == 2 and "hub model tiny/bare has no tokenizer" in bare[2]
     assert nowhere[0] == 2 and "there is no hub model 'tiny/none'" in nowhere[2]
@@ -218,9 +209,7 @@ def test_rows_come_from_the_hub_itself_and_then_from_its_cache(hub, tmp_path):
         "datasets",
         "nyu-mll/glue",
         {
-            f"rte/{split}-00000-of-00001.parquet": parquet(
-                [{"sentence1": "x", "sentence2": "y", "label": 1}] * 2
-            )
+            f"rte/{split}-00000-of-00001.parquet": parquet([{"sentence1": "x", "sentence2": "y", "label": 1}] * 2)
             for split in ("train", "validation")
         },
         revision="newer",

@@ -94,9 +94,7 @@ def test_what_a_mirror_lacks_is_named(tmp_path):
         "nyu-mll/glue/rte/train-00000-of-00001.parquet",
         [{"sentence1": "A", "sentence2": "B", "label": 1}],
     )
-    with pytest.raises(
-        UserError, match="rte/validation-00000-of-00001.parquet is missing.*there: rte/train-"
-    ):
+    with pytest.raises(UserError, match="rte/validation-00000-of-00001.parquet is missing.*there: rte/train-"):
         check_splits([get_task("rte")], settings)
     with pytest.raises(UserError, match="data.root=.*no folder"):
         check_splits([get_task("rte")], DataSettings(root=str(tmp_path / "nowhere")))

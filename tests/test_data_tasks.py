@@ -48,11 +48,7 @@ OFFICIAL = {
     "art": {"train": 169654, "validation": 1532},
     "anli": {
         **{"train_r1": 16946, "train_r2": 45460, "train_r3": 100459},
-        **{
-            f"{split}_r{number}": 1000 if number < 3 else 1200
-            for split in ("dev", "test")
-            for number in (1, 2, 3)
-        },
+        **{f"{split}_r{number}": 1000 if number < 3 else 1200 for split in ("dev", "test") for number in (1, 2, 3)},
     },
 }
 """Rows of the data sets' own splits."""
@@ -69,8 +65,7 @@ def test_rows_become_the_papers_text(name):
 def test_splits_of_the_full_data_have_the_sizes_of_the_tables(name):
     task = get_task(name)
     counted = {
-        split: rule.size(sum(OFFICIAL[name][origin] for origin in rule.origins))
-        for split, rule in task.splits.items()
+        split: rule.size(sum(OFFICIAL[name][origin] for origin in rule.origins)) for split, rule in task.splits.items()
     }
     assert counted == dict(task.sizes) == (TABLE_10 | TABLE_12)[name]
 
@@ -118,9 +113,7 @@ def test_stsb_scores_are_t5s_26_strings():
     assert strings == {f"{tenth / 10:.1f}" for tenth in range(0, 51, 2)} and len(strings) == 26
     row = {"sentence1": "A.", "sentence2": "B.", "label": 3.25}
     assert get_task("stsb").example(row, "0", "here").target == "3.2"
-    assert (
-        get_task("stsb", DataSettings(stsb_step=0.1)).example({**row, "label": 3.84}, "0", "").target == "3.8"
-    )
+    assert get_task("stsb", DataSettings(stsb_step=0.1)).example({**row, "label": 3.84}, "0", "").target == "3.8"
 
 
 @given(st.floats(0, 5))
@@ -150,11 +143,7 @@ def test_unusable_rows_are_named(name, row, message):
 
 
 def test_blank_questions_of_qqp_and_blank_documents_stay():
-    assert (
-        get_task("qqp")
-        .example({"question1": "A?", "question2": None, "label": 0}, "0", "")
-        .source.endswith(": ")
-    )
+    assert get_task("qqp").example({"question1": "A?", "question2": None, "label": 0}, "0", "").source.endswith(": ")
     assert get_task("xsum").example({"document": "", "summary": "S"}, "0", "").source == "summarize: "
 
 

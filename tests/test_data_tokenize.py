@@ -150,9 +150,7 @@ def one_process(task, settings, started, results):
 def test_processes_share_one_build(task, settings, tmp_path):
     context = multiprocessing.get_context("fork")
     started, results = context.Event(), context.Queue()
-    processes = [
-        context.Process(target=one_process, args=(task, settings, started, results)) for _ in range(4)
-    ]
+    processes = [context.Process(target=one_process, args=(task, settings, started, results)) for _ in range(4)]
     for process in processes:
         process.start()
     started.set()
@@ -223,8 +221,7 @@ def test_t5s_real_vocabulary(t5, settings):
 def test_mean_source_length_of_glue(t5, tmp_path):
     settings = DataSettings(root=str(HUB), cache=str(tmp_path))
     means = {
-        task.name: tokenized_split(task, "train", t5, settings).source_lengths.mean()
-        for task in expand_tasks(["glue"])
+        task.name: tokenized_split(task, "train", t5, settings).source_lengths.mean() for task in expand_tasks(["glue"])
     }
     assert means["rte"] == pytest.approx(78.6, abs=0.1) and means["qnli"] == pytest.approx(62.8, abs=0.1)
     total = sum(sizes["train"] for sizes in TABLE_10.values())

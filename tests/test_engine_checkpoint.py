@@ -50,7 +50,14 @@ def test_another_number_of_ranks_sees_the_same_data(rank_pool, tmp_path):
     config = {"dtype": "bf16"}
     saved = run(rank_pool, 2, tmp_path, until=4, save_at=(4,), **config)[0]
     reference = None
-    for world_size, variant in [(1, "zero2"), (4, "zero2"), (1, "zero3"), (4, "zero3_small"), (2, "zero1"), (4, "offload")]:
+    for world_size, variant in [
+        (1, "zero2"),
+        (4, "zero2"),
+        (1, "zero3"),
+        (4, "zero3_small"),
+        (2, "zero1"),
+        (4, "offload"),
+    ]:
         results = run(rank_pool, world_size, tmp_path, until=6, **ZERO[variant])
         masters, moments, weights = results[0]["loaded"]
         assert same(masters, saved["masters"]) and same(moments, saved["moments"]), (world_size, variant)
@@ -131,7 +138,9 @@ def test_torn_newest_checkpoint_falls_back(rank_pool, three_checkpoints, tear, s
     tear(folder / "step_00000003")
     resumed = run(rank_pool, 1, folder, until=5)[0]
     assert resumed["state"]["step"] == 2
-    assert len(resumed["warnings"]) == 1 and said in resumed["warnings"][0] and "step_00000003" in resumed["warnings"][0]
+    assert (
+        len(resumed["warnings"]) == 1 and said in resumed["warnings"][0] and "step_00000003" in resumed["warnings"][0]
+    )
     assert resumed["losses"] == {step: whole["losses"][step] for step in (2, 3, 4)}
 
 
@@ -194,7 +203,9 @@ def test_all_ranks_stop_at_the_same_step(rank_pool, tmp_path):
     assert newest_whole_checkpoint(tmp_path).name == "step_00000003"
 
 
-@pytest.mark.parametrize("launcher, watched", [("deepspeed", True), ("torchrun", True), ("slurm", False), ("none", False)])
+@pytest.mark.parametrize(
+    "launcher, watched", [("deepspeed", True), ("torchrun", True), ("slurm", False), ("none", False)]
+)
 def test_loss_of_the_launcher_is_a_request_to_stop(rank_pool, launcher, watched):
     """`srun`'s ranks belong to a daemon, and a lone process may outlive the shell that started it."""
     results = rank_pool(1).run("tests.engine_jobs:orphaned", {"launcher": launcher})

@@ -39,7 +39,9 @@ def log_steps(folder, first, last, start=None, ranks=MAIN):
             result = StepResult(step, 1.0 / step, 10, 0.5, 0.1)
             log.step(result, samples=32 * step, tokens=500 * step, seconds=0.25 * step)
             if step % 4 == 0:
-                log.evaluation(step, "validation", {"cola": {"matthews": step * 1.0}}, {"average": step * 1.0}, step * 1.0)
+                log.evaluation(
+                    step, "validation", {"cola": {"matthews": step * 1.0}}, {"average": step * 1.0}, step * 1.0
+                )
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -129,7 +131,9 @@ def test_a_lost_console_does_not_stop_a_run(tmp_path):
         "[log.info('x' * 5000) for _ in range(50)]\n"
         "log.info('still here'); log.close()\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     process.stdout.close()
     process.communicate(b"go\n")
     assert process.returncode == 0

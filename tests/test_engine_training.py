@@ -99,7 +99,9 @@ def test_a_nan_stops_the_run(rank_pool, tmp_path, fault, stage):
         assert result["step"] == 3
         assert result["unchanged"] or stage == "zero2"
         assert result["message"].startswith("step 3: ")
-        assert "tasks task0, task1" in result["message"] and "2-0-0" in result["message"] and "2-1-3" in result["message"]
+        assert (
+            "tasks task0, task1" in result["message"] and "2-0-0" in result["message"] and "2-1-3" in result["message"]
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
 
 

@@ -79,9 +79,7 @@ def test_an_export_and_its_run_agree(run_folder, tmp_path):  # noqa: F811
 def seq2seq_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints") / "t5"
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
+    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
     T5ForConditionalGeneration(config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
@@ -112,9 +110,7 @@ def test_seq2seq_log_likelihood_is_the_sum_over_tokens(seq2seq_folder):
     with torch.no_grad():
         found = model.log_likelihood(ids, mask, labels)
         for row, length in ((0, 3), (1, 1)):
-            inputs = torch.cat(
-                [torch.zeros(1, 1, dtype=torch.long), labels[row : row + 1, : length - 1]], dim=1
-            )
+            inputs = torch.cat([torch.zeros(1, 1, dtype=torch.long), labels[row : row + 1, : length - 1]], dim=1)
             logits = model.base(
                 input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1], decoder_input_ids=inputs
             ).logits[0]
@@ -187,10 +183,7 @@ def test_best_span_equals_brute_force():
             assert text == ""
             continue
         assert score == pytest.approx(best[0])
-        assert (
-            text == window.context[offsets[best[1]][0] : offsets[best[2]][1]]
-            and tokens == best[2] - best[1] + 1
-        )
+        assert text == window.context[offsets[best[1]][0] : offsets[best[2]][1]] and tokens == best[2] - best[1] + 1
 
 
 def test_extractive_windows_cover_the_context(bert_folder, mrqa_data):
@@ -264,11 +257,7 @@ def test_mistakes(
         "empty": tmp_path,
         "custom": custom,
     }
-    extra = (
-        []
-        if any("mrqa_root" in argument for argument in arguments)
-        else [f"data.mrqa_root={mrqa_data.mrqa_root}"]
-    )
+    extra = [] if any("mrqa_root" in argument for argument in arguments) else [f"data.mrqa_root={mrqa_data.mrqa_root}"]
     filled = [argument.format(**places) if argument.startswith("{") else argument for argument in arguments]
     assert main(["evaluate", *filled, *extra]) == 2
     said = capsys.readouterr().err

@@ -55,9 +55,7 @@ def test_predictions_hold_every_row_in_order(world):
         assert [record["id"] for record in records] == [f"test-{row}" for row in range(23)]
         assert len({record["prediction"] for record in records}) > 3 or name == "labelled"
     chunks = [json.loads(line) for line in (folder / "squad.test.jsonl").read_text().splitlines()]
-    assert (
-        len({chunk["question"] for chunk in chunks}) == 11 < len(chunks) == whole["notes"]["squad"]["chunks"]
-    )
+    assert len({chunk["question"] for chunk in chunks}) == 11 < len(chunks) == whole["notes"]["squad"]["chunks"]
     assert all(round(chunk["score"], decode.SCORE_DECIMALS) == chunk["score"] < 0 for chunk in chunks)
     assert not list(folder.glob("*.part*"))
     assert max(len(whole["batches"]), 1) == whole["calls"]
@@ -138,9 +136,7 @@ def test_finished_predictions_are_used_again_only_for_the_same_step_rows_and_bat
 
 def test_parts_of_another_step_are_not_mixed_in(world, tmp_path):
     tasks, data, folder, whole = world
-    assert evaluate_job(SingleProcess(), [tasks["written"]], data, str(tmp_path), stop_after=4, step=6)[
-        "stopped"
-    ]
+    assert evaluate_job(SingleProcess(), [tasks["written"]], data, str(tmp_path), stop_after=4, step=6)["stopped"]
     assert len(evaluate_job(SingleProcess(), [tasks["written"]], data, str(tmp_path))["batches"]) == 6
     assert contents(tmp_path)["written.test.jsonl"] == contents(folder)["written.test.jsonl"]
 
@@ -158,14 +154,16 @@ def test_a_limit_keeps_whole_questions(world, tmp_path):
 def test_batch_size_is_found_once_and_stored(world, tmp_path, monkeypatch):
     tasks, data, folder, whole = world
     monkeypatch.setattr(evaluate, "CPU_BATCH_SIZE", 5)
-    assert evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), batch_size=None)[
-        "batches"
-    ] == [5, 5, 5, 5, 3]
+    assert evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), batch_size=None)["batches"] == [
+        5,
+        5,
+        5,
+        5,
+        3,
+    ]
     monkeypatch.setattr(evaluate, "CPU_BATCH_SIZE", 9)
     assert (
-        evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), batch_size=None, step=8)[
-            "batches"
-        ][0]
+        evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), batch_size=None, step=8)["batches"][0]
         == 5
     )
     assert json.loads((tmp_path / evaluate.BATCH_SIZES).read_text()) == {"labelled.test": 5}
@@ -201,9 +199,7 @@ def test_summaries_have_their_beams_and_no_empty_output():
     from hdscale.data.tasks import get_task
 
     for name, beams in (("xsum", 6), ("cnn_dailymail", 4), ("wiki_lingua", 4)):
-        assert evaluate.task_decoding(get_task(name), word_tokenizer(), EvalSettings(), 128) == Decoding(
-            60, beams, 1
-        )
+        assert evaluate.task_decoding(get_task(name), word_tokenizer(), EvalSettings(), 128) == Decoding(60, beams, 1)
 
 
 def rows_of(texts: list[str]) -> list:

@@ -29,8 +29,7 @@ def task(kind: str, names: tuple[str, ...], labels: tuple[str, ...] = (), name: 
 def examples(targets: list[str], references: list[list[str]] | None = None) -> list[Example]:
     many = references or [None] * len(targets)
     return [
-        Example("s", target, "t", str(row), gold)
-        for row, (target, gold) in enumerate(zip(targets, many, strict=True))
+        Example("s", target, "t", str(row), gold) for row, (target, gold) in enumerate(zip(targets, many, strict=True))
     ]
 
 
@@ -56,9 +55,7 @@ def test_label_metrics_equal_confusion_counts(seed):
     missed = gold.count("1") - true_positive
     false_positive = sum(g == "0" and p != "0" for p, g in zip(predicted, gold, strict=True))
     assert found["accuracy"] == pytest.approx(100 * right / 200)
-    assert found["f1"] == pytest.approx(
-        100 * 2 * true_positive / (2 * true_positive + missed + false_positive)
-    )
+    assert found["f1"] == pytest.approx(100 * 2 * true_positive / (2 * true_positive + missed + false_positive))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -70,10 +67,7 @@ def test_matthews_equals_the_published_formula(seed):
         classes = ["0", "1", "other"]
         decided = [p if p in ("0", "1") else "other" for p in predicted]
         confusion = np.array(
-            [
-                [sum((g, p) == (a, b) for g, p in zip(gold, decided, strict=True)) for b in classes]
-                for a in classes
-            ]
+            [[sum((g, p) == (a, b) for g, p in zip(gold, decided, strict=True)) for b in classes] for a in classes]
         )
         total, trace = confusion.sum(), np.trace(confusion)
         row, column = confusion.sum(axis=1), confusion.sum(axis=0)
@@ -95,20 +89,14 @@ def test_three_labels_and_macro_f1():
 
 
 def test_all_predictions_unreadable_score_zero_and_are_counted():
-    scores = compute_scores(
-        task("label", ("accuracy", "f1"), ("0", "1")), ["x"] * 10, examples(["0", "1"] * 5)
-    )
+    scores = compute_scores(task("label", ("accuracy", "f1"), ("0", "1")), ["x"] * 10, examples(["0", "1"] * 5))
     assert scores.metrics == {"accuracy": 0.0, "f1": 0.0}
     assert scores.notes["unreadable"] == 10
-    assert compute(task("label", ("matthews",), ("0", "1")), ["x"] * 10, examples(["0", "1"] * 5)) == {
-        "matthews": 0.0
-    }
+    assert compute(task("label", ("matthews",), ("0", "1")), ["x"] * 10, examples(["0", "1"] * 5)) == {"matthews": 0.0}
 
 
 def test_white_space_around_a_label_does_not_count():
-    assert compute(task("label", ("accuracy",), ("0", "1")), [" 1", "0\n"], examples(["1", "0"])) == {
-        "accuracy": 100.0
-    }
+    assert compute(task("label", ("accuracy",), ("0", "1")), [" 1", "0\n"], examples(["1", "0"])) == {"accuracy": 100.0}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -128,9 +116,7 @@ def test_correlations_equal_formulas(seed):
         return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
     assert scores.metrics["pearson"] == pytest.approx(100 * pearson(numbers, truth))
-    assert scores.metrics["spearman"] == pytest.approx(
-        100 * pearson(stats.rankdata(numbers), stats.rankdata(truth))
-    )
+    assert scores.metrics["spearman"] == pytest.approx(100 * pearson(stats.rankdata(numbers), stats.rankdata(truth)))
     assert scores.notes["unreadable"] == sum(one in odd for one in predicted)
 
 
@@ -149,9 +135,7 @@ def test_any_number_decodes_and_constant_predictions_score_zero():
 
 def plain_normal(answer: str) -> list[str]:
     kept = "".join(
-        " " if character.isspace() else character
-        for character in answer.lower()
-        if character not in string.punctuation
+        " " if character.isspace() else character for character in answer.lower() if character not in string.punctuation
     )
     words = re.split(r"(\W+)", kept)  # articles are whole words of \w
     return "".join("  " if word in ("a", "an", "the") else word for word in words).split()
@@ -433,9 +417,7 @@ def test_metrics_write_nothing_into_the_home_folder(tmp_path, monkeypatch):
 def test_sklearn_agrees_on_clean_labels():
     predicted, gold = random_labels(1, 100, ["0", "1"], [])
     found = compute(task("label", ("accuracy", "f1", "matthews"), ("0", "1")), predicted, examples(gold))
-    assert found["f1"] == pytest.approx(
-        100 * sk.f1_score([int(g) for g in gold], [int(p) for p in predicted])
-    )
+    assert found["f1"] == pytest.approx(100 * sk.f1_score([int(g) for g in gold], [int(p) for p in predicted]))
     assert found["matthews"] == pytest.approx(
         100 * sk.matthews_corrcoef([int(g) for g in gold], [int(p) for p in predicted])
     )

@@ -44,9 +44,7 @@ def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     data = tmp_path_factory.mktemp("data")
     _, settings = make_tasks(data)
-    config = load_config(
-        None, [*OVERRIDES, f"data.mrqa_root={settings.mrqa_root}", f"data.cache={data}/cache"]
-    )
+    config = load_config(None, [*OVERRIDES, f"data.mrqa_root={settings.mrqa_root}", f"data.cache={data}/cache"])
     config.data.custom = {
         "pairs": {
             "kind": "label",
@@ -86,9 +84,7 @@ TEXTS = [
 
 def predict_file(run_folder: Path, folder: Path, rows: list, *options: str, code: int = 0) -> list[dict]:
     source = folder / "in.jsonl"
-    source.write_bytes(
-        b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
-    )
+    source.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
     target = folder / "out.jsonl"
     arguments = [
         "predict",
@@ -127,9 +123,7 @@ def test_predictions_are_the_models_own(run_folder, tmp_path):
         )
         assert row["prediction"] == loaded.tokenizer.decode(generated[0], skip_special_tokens=True)
         labels = generated[:, 1:]
-        likelihood = loaded.model.log_likelihood(
-            ids, torch.ones_like(ids), labels, task_ids=torch.tensor([-1])
-        )
+        likelihood = loaded.model.log_likelihood(ids, torch.ones_like(ids), labels, task_ids=torch.tensor([-1]))
         assert row["score"] == pytest.approx(likelihood.item(), abs=1e-3)
 
 
@@ -242,9 +236,7 @@ def test_pipes_and_gzip(run_folder, tmp_path, monkeypatch, capsys):
     source.write_bytes(gzip.compress(b'\xef\xbb\xbf{"source": "the cat"}\r\n{"source": "a dog"}'))
     assert main(["predict", "--run", str(run_folder), "--input", str(source), "--output", "-"]) == 0
     from_file = capsys.readouterr().out
-    monkeypatch.setattr(
-        sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"source": "the cat"}\n{"source": "a dog"}\n'))
-    )
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"source": "the cat"}\n{"source": "a dog"}\n')))
     assert main(["predict", "--run", str(run_folder), "--input", "-", "--output", "-"]) == 0
     assert capsys.readouterr().out == from_file
     assert [json.loads(line)["line"] for line in from_file.splitlines()] == [1, 2]
@@ -277,9 +269,7 @@ def test_pipes_and_gzip(run_folder, tmp_path, monkeypatch, capsys):
         ),
     ],
 )
-def test_mistakes_are_found_before_anything_is_loaded(
-    run_folder, tmp_path, monkeypatch, capsys, arguments, message
-):
+def test_mistakes_are_found_before_anything_is_loaded(run_folder, tmp_path, monkeypatch, capsys, arguments, message):
     import re
 
     monkeypatch.setattr(Choice, "load", lambda *_: pytest.fail("loaded"))
@@ -304,9 +294,7 @@ def test_millions_of_rows_in_bounded_memory(monkeypatch):
                 yield b'{"source": "%d %s"}\n' % (number, b"x" * 200)
 
     monkeypatch.setattr(predict.Predictor, "__init__", lambda self: None)
-    monkeypatch.setattr(
-        predict.Predictor, "answer", lambda self, group: [{"line": request.line} for request in group]
-    )
+    monkeypatch.setattr(predict.Predictor, "answer", lambda self, group: [{"line": request.line} for request in group])
     requests = read_requests(Lines(), None, lambda name: None, lambda error: None)
     tracemalloc.start()
     for number, row in enumerate(predict.Predictor().stream(requests, 1000), start=1):

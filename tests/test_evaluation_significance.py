@@ -23,11 +23,7 @@ def test_paired_t_by_its_formula():
     assert (found.low, found.high) == pytest.approx(
         (difference.mean() - 2.7764451 * error, difference.mean() + 2.7764451 * error)
     )
-    assert (
-        found.difference == pytest.approx(difference.mean())
-        and found.corrected == found.p
-        and found.runs == (5, 5)
-    )
+    assert found.difference == pytest.approx(difference.mean()) and found.corrected == found.p and found.runs == (5, 5)
 
 
 def test_welch_by_its_formula():
@@ -66,8 +62,7 @@ def test_equal_methods_are_rarely_told_apart(test):
     """Under the null hypothesis at most about 5% of p-values lie below 0.05."""
     draw = np.random.default_rng(2)
     values = [
-        compare({"x": draw.normal(size=12)}, {"x": draw.normal(size=12)}, test, resamples=500)[0].p
-        for _ in range(300)
+        compare({"x": draw.normal(size=12)}, {"x": draw.normal(size=12)}, test, resamples=500)[0].p for _ in range(300)
     ]
     assert np.mean(np.array(values) < 0.05) < (0.13 if test == "bootstrap" else 0.09)
 

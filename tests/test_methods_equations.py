@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
-from tests.adapted import direct_logits, double_model, method_config, model_logits, random_batch, relative_error, tiny_base
+from tests.adapted import (
+    direct_logits,
+    double_model,
+    method_config,
+    model_logits,
+    random_batch,
+    relative_error,
+    tiny_base,
+)
 from tests.direct_t5 import Hooks
 
 CLOSE = 3e-6
@@ -83,7 +91,9 @@ class SkillHooks(Hooks):
         z = of_task(self.weights[f"{side}.allocation.logits"][layer * len(keys) + keys.index(key)], self.task)
         z = 1.0 / (1.0 + torch.exp(-z))
         z = z / z.sum()
-        down = sum(share * skill for share, skill in zip(z, self.weights[f"{side}.layers.{layer}.{key}.down"], strict=True))
+        down = sum(
+            share * skill for share, skill in zip(z, self.weights[f"{side}.layers.{layer}.{key}.down"], strict=True)
+        )
         up = sum(share * skill for share, skill in zip(z, self.weights[f"{side}.layers.{layer}.{key}.up"], strict=True))
         return y + x @ down @ up / self.rank
 
@@ -153,7 +163,9 @@ class HyperformerHooks(Hooks):
         return self.adapter(side, layer, 1, y)
 
 
-@pytest.mark.parametrize("name, form", [("hyperformer++", "shared"), ("hyperformer", "stack"), ("hyperformer", "layer")])
+@pytest.mark.parametrize(
+    "name, form", [("hyperformer++", "shared"), ("hyperformer", "stack"), ("hyperformer", "layer")]
+)
 def test_hyperformer(base, name, form):
     options = {} if form == "shared" else {"hyperformer__form": form}
     sizes = dict(hyperformer__dim=3, hyperformer__embedding=6, hyperformer__hidden=7)
@@ -272,9 +284,10 @@ class GeneratedHooks(Hooks):
             return None
         code, stem = self.code_and_stem(layer)
         return tuple(
-            (self.weights[f"{stem}.prefix_heads.{part}.weight"] @ code + self.weights[f"{stem}.prefix_heads.{part}.bias"]).view(
-                -1, HEADS * D_KV
-            )
+            (
+                self.weights[f"{stem}.prefix_heads.{part}.weight"] @ code
+                + self.weights[f"{stem}.prefix_heads.{part}.bias"]
+            ).view(-1, HEADS * D_KV)
             for part in ("key", "value")
         )
 
@@ -293,7 +306,8 @@ def pooled(weights, h, conditioning="mean", pools=1):
     """e of one instance: h [S, D] -> Eq. 8 with the pooling in question."""
     if conditioning == "attention":
         vectors = [
-            torch.softmax(h @ query / math.sqrt(D_MODEL), dim=0) @ h for query in weights["decoder.embedding.pooling.queries"]
+            torch.softmax(h @ query / math.sqrt(D_MODEL), dim=0) @ h
+            for query in weights["decoder.embedding.pooling.queries"]
         ]
     else:
         stretch = torch.arange(h.shape[0]) * pools // h.shape[0]
@@ -356,7 +370,9 @@ def test_attention_pooling_starts_as_the_mean(base):
     from hdscale.modeling import build_model
 
     mean = build_model(method_config(base, **SMALL), dtype=torch.float64, seed=4)
-    attention = build_model(method_config(base, **SMALL, hypernet__conditioning="attention"), dtype=torch.float64, seed=4)
+    attention = build_model(
+        method_config(base, **SMALL, hypernet__conditioning="attention"), dtype=torch.float64, seed=4
+    )
     attention.method.decoder.load_state_dict(mean.method.decoder.state_dict(), strict=False)
     attention.method.encoder.load_state_dict(mean.method.encoder.state_dict())
     batch = random_batch()

@@ -63,7 +63,12 @@ MATRIX: dict[str, tuple[str, dict[str, Any], int, float]] = {
     "modular": ("modular", dict(lora__rank=16, modular__learning_rate=0.02), 200, RATE),
     "lora": ("lora", dict(lora__rank=16), 100, RATE),
     "hyperformer": ("hyperformer", dict(hyperformer__dim=32), 200, RATE),
-    "hyperformer, a hypernetwork per layer": ("hyperformer", dict(hyperformer__dim=32, hyperformer__form="layer"), 200, RATE),
+    "hyperformer, a hypernetwork per layer": (
+        "hyperformer",
+        dict(hyperformer__dim=32, hyperformer__form="layer"),
+        200,
+        RATE,
+    ),
     "hyperformer++": ("hyperformer++", dict(hyperformer__dim=32), 200, RATE),
     "hyperprompt": ("hyperprompt", dict(hyperprompt__length=64, hyperprompt__bottleneck=64), 300, 3e-3),
     "hyperprompt and base": ("hyperprompt", dict(hyperprompt__length=8, hyperprompt__tune_base=True), 120, 3e-3),
@@ -88,7 +93,10 @@ def rows() -> tuple[list[Row], int]:
         for example in itertools.islice(load_split(task, "train", settings), EXAMPLES_PER_TASK):
             texts = (example.source, example.target)
             source, target = (
-                [renumbered.setdefault(id, len(renumbered)) for id in tokenizer(text, truncation=True, max_length=32).input_ids]
+                [
+                    renumbered.setdefault(id, len(renumbered))
+                    for id in tokenizer(text, truncation=True, max_length=32).input_ids
+                ]
                 for text in texts
             )
             found.append(Row(source, target, number, example.id, task.name))

@@ -60,5 +60,9 @@ def test_configurations_of_single_methods(path):
     if path.stem == "lora":
         assert abs(count.percent - 2.9) <= 0.05
     if path.stem == "hyperformer_original":
-        assert (config.data.temperature, config.data.single_task_batches, config.data.task_prefix) == (10.0, True, False)
+        assert (config.data.temperature, config.data.single_task_batches, config.data.task_prefix) == (
+            10.0,
+            True,
+            False,
+        )
         assert count.trainable == 5_211_056

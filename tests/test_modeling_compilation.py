@@ -96,5 +96,11 @@ def test_what_cannot_be_compiled(choice, stage):
 
 
 def test_yaml_reads_on_and_off_as_truth_values():
-    assert [parse_compile(value, 2) for value in ("on", "off", "auto", "True", "False")] == ["on", "off", "auto", "on", "off"]
+    assert [parse_compile(value, 2) for value in ("on", "off", "auto", "True", "False")] == [
+        "on",
+        "off",
+        "auto",
+        "on",
+        "off",
+    ]
     assert parse_compile("auto", 3) == "auto"

@@ -154,7 +154,9 @@ def test_grid(base_v1_1, encoder, decoder):
     assert relative_error(model_logits(model, batch), expected_logits(model, batch, config)) < CLOSE
 
 
-@pytest.mark.parametrize("options", [dict(hypernet__mlp=False), dict(encoder__input="layernorm", decoder__input="layernorm")])
+@pytest.mark.parametrize(
+    "options", [dict(hypernet__mlp=False), dict(encoder__input="layernorm", decoder__input="layernorm")]
+)
 def test_ablations_of_table_9(base_v1_1, options):
     config = method_config(base_v1_1, **SIZES, **options)
     model, batch = double_model(config), random_batch()
@@ -219,7 +221,10 @@ def test_released_state_dict(base_v1_1, tmp_path):
     def manual():
         stem = "encoder.block.{}.layer.1.adapter_layer.adapter_{}_manual.{}"
         return [
-            [w[stem.format(i, *part)] for part in (("down", "weight"), ("down", "bias"), ("up", "weight"), ("up", "bias"))]
+            [
+                w[stem.format(i, *part)]
+                for part in (("down", "weight"), ("down", "bias"), ("up", "weight"), ("up", "bias"))
+            ]
             for i in range(2)
         ]
 
@@ -230,7 +235,9 @@ def test_released_state_dict(base_v1_1, tmp_path):
         for i in range(2):
             x = torch.cat([e, w["decoder.param_gen.layer_embed.weight"][i]])
             made = {}
-            hidden = torch.relu(w["decoder.param_gen.decoder.linear1.weight"] @ x + w["decoder.param_gen.decoder.linear1.bias"])
+            hidden = torch.relu(
+                w["decoder.param_gen.decoder.linear1.weight"] @ x + w["decoder.param_gen.decoder.linear1.bias"]
+            )
             for name in ("weight_up", "weight_down", "bias_up", "bias_down"):
                 stem = f"decoder.param_gen.decoder.{name}"
                 made[name] = w[f"{stem}.weight"] @ hidden + w[f"{stem}.bias"]

@@ -106,11 +106,17 @@ def test_the_input_of_a_frozen_linear_is_kept_only_by_who_needs_it_otherwise(met
 
 def test_where_all_weights_train_their_inputs_are_kept():
     """The counter-check: the walk sees what it looks for."""
-    model = built(load_config(None, ["model.name=tiny-2", "method.name=full_finetuning", "model.dropout=0.0", "data.tasks=[quickstart]"]))
+    model = built(
+        load_config(
+            None, ["model.name=tiny-2", "method.name=full_finetuning", "model.dropout=0.0", "data.tasks=[quickstart]"]
+        )
+    )
     read = inputs_of_frozen_linears(model)
     with Kept(model) as kept:
         model(**batch())
-    assert {"v", "wi_1", "wo", "lm_head"} <= {read[address][0].rsplit(".", 1)[-1] for address in kept.tensors if address in read}
+    assert {"v", "wi_1", "wo", "lm_head"} <= {
+        read[address][0].rsplit(".", 1)[-1] for address in kept.tensors if address in read
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)

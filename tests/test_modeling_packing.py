@@ -178,7 +178,9 @@ def test_gradients_of_the_flex_attention_that_a_gpu_computes(monkeypatch):
         output.backward(torch.cos(torch.arange(output.numel()).view_as(output)))
         # the bias is a function of the distance: a gradient summed over its diagonals is what reaches the table
         grad = packed.bias.grad[0]
-        diagonals = [grad.diagonal(offset, dim1=1, dim2=2).sum(dim=1) for offset in range(1 - max(lengths), max(lengths))]
+        diagonals = [
+            grad.diagonal(offset, dim1=1, dim2=2).sum(dim=1) for offset in range(1 - max(lengths), max(lengths))
+        ]
         results.append([output.detach(), *(one.grad for one in own), torch.stack(diagonals)])
     for found, wanted in zip(*results, strict=True):
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
@@ -209,7 +211,9 @@ def test_flex_attention_is_traced_once_for_many_lengths():
 def test_the_block_mask_is_that_of_looking_at_all_pairs(lengths, pad):
     rows = packing_of(lengths, 1, pad=-sum(lengths) % BLOCK if pad else 0).rows
     found = block_mask_of(rows)
-    wanted = create_block_mask(lambda b, h, q, k: rows[q] == rows[k], None, None, len(rows), len(rows), "cpu", BLOCK_SIZE=BLOCK)
+    wanted = create_block_mask(
+        lambda b, h, q, k: rows[q] == rows[k], None, None, len(rows), len(rows), "cpu", BLOCK_SIZE=BLOCK
+    )
     assert torch.equal(found.to_dense(), wanted.to_dense())
     # blocks that need no look at their tokens: never more than there are, and of one long instance those in its middle
     assert torch.all(found.full_kv_num_blocks <= wanted.full_kv_num_blocks)
@@ -226,7 +230,9 @@ def test_a_packed_pass_computes_no_padding(base):
     """Linears of the encoder see the real tokens alone."""
     _, packed = pair(base, "adapter", METHODS["adapter"][1])
     seen = []
-    packed.base.encoder.block[1].layer[-1].DenseReluDense.wo.register_forward_hook(lambda _, x, __: seen.append(tuple(x[0].shape[:-1])))
+    packed.base.encoder.block[1].layer[-1].DenseReluDense.wo.register_forward_hook(
+        lambda _, x, __: seen.append(tuple(x[0].shape[:-1]))
+    )
     packed(**collate(rows_of((20, 1, 1, 3)), 0))
     assert seen == [(1, 25)]
 
@@ -235,7 +241,10 @@ def test_evaluation_is_not_packed(base, monkeypatch):
     padded, packed = pair(base, "hyperdecoder", SIZES)
     monkeypatch.setattr(packing, "encode", lambda *_: pytest.fail("packed"))
     batch = collate(rows_of((5, 3)), 0)
-    ids = [model.eval().generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=4) for model in (padded, packed)]
+    ids = [
+        model.eval().generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=4)
+        for model in (padded, packed)
+    ]
     assert torch.equal(*ids)
 
 
@@ -270,7 +279,9 @@ def test_methods_with_an_encoder_for_each_instance_refuse(method, options):
     config = HyperdecoderConfig.from_dict(
         {"model": {"name": "/nowhere/at/all", "packing": True}, "method": {"name": method, **options}, "tasks": TASKS}
     )
-    with pytest.raises(UserError, match=f"model.packing=true: method '{method.replace('+', '.')}' .* use model.packing=false"):
+    with pytest.raises(
+        UserError, match=f"model.packing=true: method '{method.replace('+', '.')}' .* use model.packing=false"
+    ):
         method_class(config.method).check(config)
 
 

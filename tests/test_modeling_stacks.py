@@ -11,7 +11,15 @@ from hdscale.modeling.blocks import adapt_blocks
 from hdscale.modeling.cross_attention import DECODING_GAIN, few_targets
 
 HEADS, LENGTH, TARGET = 3, 11, 5
-SHAPE = {"vocab_size": 50, "d_model": 16, "d_ff": 20, "d_kv": 4, "num_heads": HEADS, "num_layers": 3, "decoder_start_token_id": 0}
+SHAPE = {
+    "vocab_size": 50,
+    "d_model": 16,
+    "d_ff": 20,
+    "d_kv": 4,
+    "num_heads": HEADS,
+    "num_layers": 3,
+    "decoder_start_token_id": 0,
+}
 BASES = {
     "t5 v1.0": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "relu"}),
     "t5 v1.1": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "gated-gelu"}),
@@ -54,9 +62,13 @@ def test_outputs_and_gradients_are_those_of_transformers(name, attention):
     results = []
     for model in (theirs, ours):
         output = model(**batch(), use_cache=False)
-        encoded = model.encoder(input_ids=batch()["input_ids"], attention_mask=batch()["attention_mask"]).last_hidden_state
+        encoded = model.encoder(
+            input_ids=batch()["input_ids"], attention_mask=batch()["attention_mask"]
+        ).last_hidden_state
         (output.logits.square().mean() + encoded[kept].square().mean()).backward()
-        results.append((output.logits, encoded[kept], {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (output.logits, encoded[kept], {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        )
     (logits, encoded, gradients), (our_logits, our_encoded, our_gradients) = results
     assert error_of(our_logits, logits) < 1e-6 and error_of(our_encoded, encoded) < 1e-6
     assert our_gradients.keys() == gradients.keys() and any("relative_attention_bias" in key for key in gradients)
@@ -71,7 +83,9 @@ def test_token_by_token_as_all_at_once(name, attention):
     ours.eval()
     inputs = batch()
     source = {"encoder_attention_mask": inputs["attention_mask"]}
-    source["encoder_hidden_states"] = ours.encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+    source["encoder_hidden_states"] = ours.encoder(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+    )[0]
     whole = ours.decoder(input_ids=inputs["decoder_input_ids"], use_cache=False, **source).last_hidden_state
     cache = EncoderDecoderCache(DynamicCache(config=ours.decoder.config), DynamicCache(config=ours.decoder.config))
     for place in range(TARGET):

@@ -73,9 +73,9 @@ PIECES = [
     "(“x”)",
     "\x07",
 ]
-documents = st.lists(
-    st.tuples(st.sampled_from(PIECES), st.sampled_from(["", " ", "  ", "\n"])), max_size=90
-).map(lambda pairs: "".join(piece + space for piece, space in pairs))
+documents = st.lists(st.tuples(st.sampled_from(PIECES), st.sampled_from(["", " ", "  ", "\n"])), max_size=90).map(
+    lambda pairs: "".join(piece + space for piece, space in pairs)
+)
 
 
 @st.composite
@@ -112,13 +112,8 @@ def test_properties_of_chunks(tokenizer, document, window, overlap, training):
     for number, chunk in enumerate(found):
         assert chunk.id == f"q#{number}" and chunk.group == "q" and chunk.references == ("gold",)
         assert len(chunk.input_ids) <= window, "no chunk exceeds the window"
-        assert (
-            list(chunk.input_ids[: len(prompt)]) == prompt and chunk.input_ids[-1] == tokenizer.eos_token_id
-        )
-        assert (
-            chunk.source
-            == question.source[: len(question.source) - len(context)] + context[chunk.start : chunk.end]
-        )
+        assert list(chunk.input_ids[: len(prompt)]) == prompt and chunk.input_ids[-1] == tokenizer.eos_token_id
+        assert chunk.source == question.source[: len(question.source) - len(context)] + context[chunk.start : chunk.end]
         pieces.append(list(chunk.input_ids[len(prompt) : -1]))
 
     # regular windows come first; walk them: each begins `shared` tokens before the end of the one before
@@ -134,8 +129,7 @@ def test_properties_of_chunks(tokenizer, document, window, overlap, training):
     assert position == len(ids), "every context token lies in some chunk"
     assert found[0].start == 0 and found[regular - 1].end == len(context)
     assert all(
-        later.start <= earlier.end
-        for earlier, later in zip(found[: regular - 1], found[1:regular], strict=True)
+        later.start <= earlier.end for earlier, later in zip(found[: regular - 1], found[1:regular], strict=True)
     )
     assert training or regular == len(pieces)
 
@@ -145,9 +139,9 @@ def test_properties_of_chunks(tokenizer, document, window, overlap, training):
         begin = position - shared if position else 0
         position = begin + len(piece)
         assert chunk.start == (offsets[begin][0] if begin else 0)
-        assert chunk.end == (
-            max(offsets[position][0], chunk.start) if position < len(ids) else len(context)
-        ) or (offsets[position - 1][1] == chunk.end > offsets[position][0])
+        assert chunk.end == (max(offsets[position][0], chunk.start) if position < len(ids) else len(context)) or (
+            offsets[position - 1][1] == chunk.end > offsets[position][0]
+        )
 
     for first, last in spans:
         low = sum(end <= first for _, end in offsets)
@@ -155,9 +149,7 @@ def test_properties_of_chunks(tokenizer, document, window, overlap, training):
         low = min(low, high - 1)
         if not 0 <= low < high:
             continue  # characters that no token covers
-        first = max(
-            first, offsets[low][0]
-        )  # white space and the like at its beginning are not part of the answer
+        first = max(first, offsets[low][0])  # white space and the like at its beginning are not part of the answer
         held = [chunk for chunk in found if chunk.start <= first and last < chunk.end]
         if high - low <= shared or (training and high - low <= room):
             assert held, "every span that fits is found in some chunk"
@@ -211,9 +203,7 @@ def test_a_prompt_longer_than_the_window_loses_the_end_of_its_question(tokenizer
     question = question_of("cat sat on mat . " * 20, question="who ran far " * 50 + "away ?")
     found = chunks(question, tokenizer, window=40)
     assert len(found) > 1
-    head, tail = (
-        tokenizer(text, add_special_tokens=False).input_ids for text in ("question: who ran far", "context:")
-    )
+    head, tail = (tokenizer(text, add_special_tokens=False).input_ids for text in ("question: who ran far", "context:"))
     for chunk in found:
         assert len(chunk.input_ids) <= 40
         assert list(chunk.input_ids[: len(head)]) == head

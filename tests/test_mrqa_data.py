@@ -107,11 +107,7 @@ def test_a_missing_file_is_named(tmp_path):
 def hub_row(form: str, subset: str = "SQuAD"):
     record = qa()
     spans = {"start": [0], "end": [2]} if form == "lists" else [{"start": 0, "end": 2}]
-    detected = (
-        {"text": ["cat"], "char_spans": [spans]}
-        if form == "lists"
-        else [{"text": "cat", "char_spans": spans}]
-    )
+    detected = {"text": ["cat"], "char_spans": [spans]} if form == "lists" else [{"text": "cat", "char_spans": spans}]
     return {
         "subset": subset,
         "context": CONTEXT,
@@ -206,9 +202,7 @@ def test_damaged_files_name_the_line(tmp_path):
     with pytest.raises(UserError, match=r"SQuAD.jsonl.gz: damaged or cut off after line \d\d+"):
         read(tmp_path)
     middle = len(whole) // 2
-    path.write_bytes(
-        whole[:middle] + bytes(255 - byte for byte in whole[middle : middle + 60]) + whole[middle + 60 :]
-    )
+    path.write_bytes(whole[:middle] + bytes(255 - byte for byte in whole[middle : middle + 60]) + whole[middle + 60 :])
     with pytest.raises(UserError, match=r"SQuAD.jsonl.gz: (damaged|line|not UTF-8)"):
         read(tmp_path)
     path.write_bytes(b"no gzip at all")

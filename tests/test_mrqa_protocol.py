@@ -46,9 +46,7 @@ def test_the_likeliest_answer_that_is_not_empty(chunks, by_sum, by_mean):
 
 
 def parts(groups: list[str]) -> list[Example]:
-    return [
-        Example("s", "", "squad", f"{group}#{number}", (group,), group) for number, group in enumerate(groups)
-    ]
+    return [Example("s", "", "squad", f"{group}#{number}", (group,), group) for number, group in enumerate(groups)]
 
 
 def test_chunks_of_a_question_may_lie_apart():
@@ -98,8 +96,7 @@ def official_evaluator(dataset: Path, predictions: dict[str, str]) -> dict[str, 
             for qa in json.loads(line).get("qas", []):
                 gold[qa["qid"]] = qa["answers"]
     pairs = [
-        plain_scores(predictions[qid], answers) if qid in predictions else (0.0, 0.0)
-        for qid, answers in gold.items()
+        plain_scores(predictions[qid], answers) if qid in predictions else (0.0, 0.0) for qid, answers in gold.items()
     ]
     return {
         "em": 100 * sum(em for em, _ in pairs) / len(pairs),

@@ -17,7 +17,9 @@ from hdscale.ops import build
 from hdscale.ops.backend import availability
 from hdscale.ops.verify import Shape
 
-needs_compiler = pytest.mark.skipif(not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}")
+needs_compiler = pytest.mark.skipif(
+    not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}"
+)
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ from hdscale.modeling import HyperdecoderConfig, build_model
 from hdscale.modeling.settings import HypernetSettings, MethodSettings, ModelSettings, SideSettings
 from hdscale.ops.backend import availability
 
-pytestmark = pytest.mark.skipif(not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}")
+pytestmark = pytest.mark.skipif(
+    not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}"
+)
 
 
 def loss_and_gradients(backend: str, checkpointing: str, encoder: str):

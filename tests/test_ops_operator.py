@@ -27,7 +27,9 @@ from hdscale.ops.verify import (
     relu_masks,
 )
 
-needs_compiler = pytest.mark.skipif(not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}")
+needs_compiler = pytest.mark.skipif(
+    not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}"
+)
 DTYPES = (torch.float32, torch.bfloat16)
 CORNERS = [
     Shape(B=0, T=3, D=16, A=4, K=8, N=2),
@@ -77,7 +79,9 @@ def test_the_condition_of_a_sum_is_large_only_where_it_cancels():
     assert 1 <= sum_condition(case) < 100
     last = case.dy[0][-1:].clone()
     twins = case._replace(
-        x=[torch.cat([case.x[0][-1:]] * 2)], code=torch.cat([case.code[:, -1:]] * 2, 1), dy=[torch.cat([last, -last * 0.999])]
+        x=[torch.cat([case.x[0][-1:]] * 2)],
+        code=torch.cat([case.code[:, -1:]] * 2, 1),
+        dy=[torch.cat([last, -last * 0.999])],
     )
     assert sum_condition(twins) > 1000
 
@@ -286,7 +290,12 @@ def test_shared_only_where_it_gains():
     assert isinstance(share_heads(stack.code, stack.heads, long, backend="cpp")[0][1], AdapterHeads)
     assert isinstance(share_heads(stack.code, stack.heads, 4, backend="torch")[0][1], AdapterHeads)
     brain = AdapterHeads(*(tensor.bfloat16() for tensor in stack.heads))  # auto: T (48 + 8) <= 48 * 8, or half
-    for length, heads, kind in ((6, stack.heads, SharedHeads), (7, stack.heads, AdapterHeads), (3, brain, SharedHeads), (4, brain, AdapterHeads)):
+    for length, heads, kind in (
+        (6, stack.heads, SharedHeads),
+        (7, stack.heads, AdapterHeads),
+        (3, brain, SharedHeads),
+        (4, brain, AdapterHeads),
+    ):
         code = stack.code.to(heads.up_weight.dtype)
         assert isinstance(share_heads(code, heads, length, backend="auto")[0][1], kind), length
     with torch.no_grad():

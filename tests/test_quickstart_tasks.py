@@ -32,9 +32,7 @@ def test_splits_are_disjoint_and_of_the_stated_size(name):
     task = declared()[name]
     texts = {split: [e.source for e in load_examples(task, split, SETTINGS)] for split in task.splits}
     for split, sources in texts.items():
-        assert (
-            len(sources) == len(set(sources)) == split_size(task, split, SETTINGS) == quickstart.SIZES[split]
-        )
+        assert len(sources) == len(set(sources)) == split_size(task, split, SETTINGS) == quickstart.SIZES[split]
     assert not set(texts["train"]) & set(texts["test"])
     assert not set(texts["train"]) & set(texts["validation"])
     assert not set(texts["validation"]) & set(texts["test"])

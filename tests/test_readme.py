@@ -59,10 +59,14 @@ def test_command_is_one_that_exists(page: str, command: str, monkeypatch: pytest
 @pytest.mark.slow
 def test_quick_start_with_the_real_launcher(tmp_path: Path) -> None:
     """The command behind `make quickstart`, a few steps of it, on two ranks."""
-    command = re.search(r"^\t\$\(BIN\)/(deepspeed .*?) \$\(ARGS\)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
+    command = re.search(
+        r"^\t\$\(BIN\)/(deepspeed .*?) \$\(ARGS\)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE
+    )[1]
     overrides = [f"run.dir={tmp_path}", "train.max_steps=4", "eval.limit=8", "eval.test_limit=8"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run([*shlex.split(command), *overrides], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*shlex.split(command), *overrides], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "quickstart" / "results.json").read_text())
     assert results["steps"] == 4 and results["provenance"]["world_size"] == 2

@@ -71,7 +71,9 @@ def test_the_model_is_the_one_that_transformers_loads(tmp_path, family, dtype):
     # the same computation on both sides, so that only what was loaded can differ
     adapt_blocks(theirs)
     with torch.no_grad():
-        torch.testing.assert_close(ours(input_ids=ids, labels=ids).logits, theirs(input_ids=ids, labels=ids).logits, rtol=0, atol=0)
+        torch.testing.assert_close(
+            ours(input_ids=ids, labels=ids).logits, theirs(input_ids=ids, labels=ids).logits, rtol=0, atol=0
+        )
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ def test_five_predicted_peaks_are_within_a_tenth_of_measured_ones():
     assert len({row["moment"] for row in rows}) > 1  # not one term alone is tested
 
 
-@pytest.mark.parametrize("settings", [("method.name=adapter",), ("method.backend=torch",), ("model.activation_checkpointing=all",)])
+@pytest.mark.parametrize(
+    "settings", [("method.name=adapter",), ("method.backend=torch",), ("model.activation_checkpointing=all",)]
+)
 def test_operations_are_those_that_pytorch_counts(settings):
     """Forward and backward of a real model, dropout off (the fused CPU attention is not counted by PyTorch: eager)."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -147,8 +149,12 @@ def test_stage_1_is_advised_where_it_is_enough():
     plan = make_plan(glue("xl", "train.global_batch_size=1024"), DEVICES["a100-40gb"], 2)
     assert plan.stage == 1
     assert any("ZeRO-1 is enough" in line and "instead of once" in line for line in plan.advice)
-    one = compute.communication(plan.trainable, 0, dataclasses.replace(work_of(glue("xl"), 1, "cuda", SIDES)), Sharding(2, 1), 4)
-    two = compute.communication(plan.trainable, 0, dataclasses.replace(work_of(glue("xl"), 1, "cuda", SIDES)), Sharding(2, 2), 4)
+    one = compute.communication(
+        plan.trainable, 0, dataclasses.replace(work_of(glue("xl"), 1, "cuda", SIDES)), Sharding(2, 1), 4
+    )
+    two = compute.communication(
+        plan.trainable, 0, dataclasses.replace(work_of(glue("xl"), 1, "cuda", SIDES)), Sharding(2, 2), 4
+    )
     assert two.gradients == 2 * one.gradients
 
 
@@ -194,7 +200,9 @@ def test_mistakes_are_told_in_one_line(arguments, says, capsys):
 def test_every_recommended_deepspeed_file_ships():
     assert all((ROOT / "ds_configs" / f"{name}.json").is_file() for name in SHIPPED.values())
     assert "deepspeed=YOURS.json" in make_plan(glue("xxl", "train.dtype=fp32"), DEVICES["a100-40gb"], 8).command
-    assert make_plan(glue("xl"), DEVICES["a100-80gb"], 16).command.startswith("hdscale launch --config FILE cluster.nodes=2")
+    assert make_plan(glue("xl"), DEVICES["a100-80gb"], 16).command.startswith(
+        "hdscale launch --config FILE cluster.nodes=2"
+    )
 
 
 def test_a_plan_needs_a_run(capsys):

@@ -179,13 +179,17 @@ def test_a_browser_opens_the_page_from_a_file(reported, tmp_path):
         overflow: document.documentElement.scrollWidth - window.innerWidth, rows: document.querySelectorAll('tbody tr').length});
     }</script></body>"""
     probe.write_text(page.read_text().replace("</body>", script))
-    done = subprocess.run([*common, "--dump-dom", "--window-size=1200,900", probe.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*common, "--dump-dom", "--window-size=1200,900", probe.as_uri()], capture_output=True, text=True, timeout=120
+    )
     found = json.loads(re.search(r"<title>(\{.*?\})</title>", done.stdout)[1])
     assert found["images"] == found["decoded"] >= 6
     assert found["overflow"] <= 0 and found["rows"] == 12
 
     shot = tmp_path / "page.png"
-    subprocess.run([*common, f"--screenshot={shot}", "--window-size=1100,3000", page.as_uri()], capture_output=True, timeout=120)
+    subprocess.run(
+        [*common, f"--screenshot={shot}", "--window-size=1100,3000", page.as_uri()], capture_output=True, timeout=120
+    )
     assert colours_of(shot) > 50  # text, curves and bands, not an empty page
 
 

@@ -110,7 +110,11 @@ def test_a_run_is_given_up_after_its_retries(tmp_path, trainer):
 
 def test_a_run_that_takes_too_long_is_stopped(tmp_path, trainer, monkeypatch):
     monkeypatch.setenv("STEP_SECONDS", "0.2")
-    study, store = opened(tmp_path, limits={"retries": 0, "minutes": 0.005}, set={"data": {"tasks": ["quickstart"]}, "train.max_steps": 500})
+    study, store = opened(
+        tmp_path,
+        limits={"retries": 0, "minutes": 0.005},
+        set={"data": {"tasks": ["quickstart"]}, "train.max_steps": 500},
+    )
     assert LocalRunner(study, store, 3, lambda _: None, command=trainer).run() == 1
     assert "limits.minutes" in store.status(study.runs[0].name, 500).note
 
@@ -165,7 +169,9 @@ def test_two_runners_of_one_study_are_one_too_many(tmp_path, trainer):
 def test_a_changed_file_is_refused_and_the_difference_shown(tmp_path, trainer):
     study, store = opened(tmp_path)
     assert LocalRunner(study, store, 3, lambda _: None, command=trainer).run() == 0
-    changed = load_study(write_study(tmp_path, axes=SEEDS, set={"data": {"tasks": ["quickstart"]}, "train.max_steps": 9}))
+    changed = load_study(
+        write_study(tmp_path, axes=SEEDS, set={"data": {"tasks": ["quickstart"]}, "train.max_steps": 9})
+    )
     with pytest.raises(UserError, match=r"3 of 3 runs are done.*seed1: train.max_steps \(4 -> 9\)"):
         store.open(changed)
     fewer = load_study(write_study(tmp_path, axes={"run.seed": [1, 2]}))

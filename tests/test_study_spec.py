@@ -16,7 +16,11 @@ STUDIES = sorted(Path(__file__).resolve().parents[1].glob("configs/studies/*.yam
 def test_the_grid_is_every_combination_under_a_name_of_its_own(tmp_path):
     study = load_study(write_study(tmp_path))
     assert len(study.runs) == 12
-    assert [run.name for run in study.runs[:3]] == ["tiny-1_adapter_seed1", "tiny-1_adapter_seed2", "tiny-1_hyperdecoder_seed1"]
+    assert [run.name for run in study.runs[:3]] == [
+        "tiny-1_adapter_seed1",
+        "tiny-1_adapter_seed2",
+        "tiny-1_hyperdecoder_seed1",
+    ]
     last = study.runs[-1]
     assert (last.config.model.name, last.config.method.name, last.config.run.seed) == ("tiny-4", "hyperdecoder", 2)
     assert last.config.train.max_steps == 4
@@ -27,11 +31,19 @@ def test_the_grid_is_every_combination_under_a_name_of_its_own(tmp_path):
 def test_keys_of_a_zipped_axis_move_together(tmp_path):
     axes = {"size": {"model.name": ["tiny-1", "tiny-2"], "train.learning_rate": [1e-3, 3e-4]}}
     runs = load_study(write_study(tmp_path, axes=axes)).runs
-    assert [(run.config.model.name, run.config.train.learning_rate) for run in runs] == [("tiny-1", 1e-3), ("tiny-2", 3e-4)]
+    assert [(run.config.model.name, run.config.train.learning_rate) for run in runs] == [
+        ("tiny-1", 1e-3),
+        ("tiny-2", 3e-4),
+    ]
 
 
 def test_points_may_be_named(tmp_path):
-    axes = {"budget": {"lean": {"method.encoder.dim": 8}, "rich": {"method": {"encoder": {"dim": 64}, "decoder": {"dim": 32}}}}}
+    axes = {
+        "budget": {
+            "lean": {"method.encoder.dim": 8},
+            "rich": {"method": {"encoder": {"dim": 64}, "decoder": {"dim": 32}}},
+        }
+    }
     runs = load_study(write_study(tmp_path, axes=axes)).runs
     assert [run.name for run in runs] == ["lean", "rich"]
     assert (runs[1].config.method.encoder.dim, runs[1].config.method.decoder.dim) == (64, 32)

@@ -36,7 +36,9 @@ def cluster(monkeypatch):
         state.submitted.append(names)
         job = str(100 + len(state.submitted))
         entries = [RunEntry(name, f"{config.run.dir}/{name}", "") for name in names]
-        write_launch(launch_folder(config.run.dir, config.run.name), LaunchRecord(config.run.name, "slurm", entries, job))
+        write_launch(
+            launch_folder(config.run.dir, config.run.name), LaunchRecord(config.run.name, "slurm", entries, job)
+        )
         return 0
 
     monkeypatch.setattr(hdscale.cluster.launch, "launch", launch)
@@ -123,11 +125,18 @@ def test_a_study_on_a_real_slurm(tmp_path, monkeypatch):
         assert first.returncode == 0, first.stdout + first.stderr
         assert "2 runs" in first.stdout
         store = Store(tmp_path / "runs" / "trial")
-        wait_until(lambda: all(store.results(name) for name in ("seed1", "seed2")), 600, "the two runs are not done", slurm.logs)
+        wait_until(
+            lambda: all(store.results(name) for name in ("seed1", "seed2")),
+            600,
+            "the two runs are not done",
+            slurm.logs,
+        )
         wait_until(lambda: not slurm.output("squeue", "--noheader"), 120, "the queue is not empty", slurm.logs)
         again = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
         assert again.returncode == 0 and "nothing to submit" in again.stdout, again.stdout + again.stderr
-        shown = subprocess.run([*command, "--status"], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+        shown = subprocess.run(
+            [*command, "--status"], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+        )
         assert "2 runs: 2 done" in shown.stdout
     finally:
         slurm.stop()

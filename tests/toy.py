@@ -42,7 +42,9 @@ class ToyModel(nn.Module):
         inner = self.dropout(torch.relu(self.down(hidden.to(self.down.weight.dtype))))
         inner = self.dropout(torch.tanh(inner @ self.shared) @ self.shared)
         logits = self.head(hidden + self.up(inner)).float()
-        loss_sum = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        loss_sum = nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
         return loss_sum, (labels != -100).sum()
 
 
@@ -50,7 +52,9 @@ def settings(**train: object) -> SimpleNamespace:
     """The part of a run's configuration that the engine reads; `deepspeed` and `seed` are keys too."""
     deepspeed, seed = train.pop("deepspeed", None), train.pop("seed", 3)
     defaults = dict(max_steps=12, global_batch_size=BATCH, learning_rate=0.02, warmup_steps=2, dtype="fp32")
-    return SimpleNamespace(train=TrainSettings(**{**defaults, **train}), deepspeed=deepspeed, run=RunSettings(seed=seed))
+    return SimpleNamespace(
+        train=TrainSettings(**{**defaults, **train}), deepspeed=deepspeed, run=RunSettings(seed=seed)
+    )
 
 
 def global_batch(step: int) -> dict[str, torch.Tensor]:

@@ -41,7 +41,9 @@ def average_scores(runs: Sequence[RunResult], without: Sequence[str]) -> Scores:
     return found
 
 
-def choose_tests(first: Sequence[RunResult], second: Sequence[RunResult], wanted: Sequence[str]) -> tuple[list[str], str | None]:
+def choose_tests(
+    first: Sequence[RunResult], second: Sequence[RunResult], wanted: Sequence[str]
+) -> tuple[list[str], str | None]:
     """The tests that these runs allow, and a note where pairing is not one of them.
 
     Raises:
@@ -53,7 +55,9 @@ def choose_tests(first: Sequence[RunResult], second: Sequence[RunResult], wanted
     pairable = seeds[0] == seeds[1] and len(set(seeds[0])) == len(seeds[0])
     if wanted:
         if not pairable and (paired := [test for test in wanted if test in PAIRED]):
-            raise UserError(f"--test {paired[0]} pairs runs by seed, but the seeds are {seeds[0]} and {seeds[1]}; use welch")
+            raise UserError(
+                f"--test {paired[0]} pairs runs by seed, but the seeds are {seeds[0]} and {seeds[1]}; use welch"
+            )
         return list(wanted), None
     if pairable:
         return ["paired-t", "welch"], None
@@ -123,7 +127,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--without", nargs="+", default=[], metavar="TASK", help="averages without these tasks too, each by itself"
     )
     parser.add_argument(
-        "--test", nargs="+", default=[], choices=list(TEST_NAMES), help="default: paired-t and welch, or welch where seeds differ"
+        "--test",
+        nargs="+",
+        default=[],
+        choices=list(TEST_NAMES),
+        help="default: paired-t and welch, or welch where seeds differ",
     )
     add_output_arguments(parser)
 

@@ -107,7 +107,9 @@ def colourings(instances: Sequence[Embedded]) -> list[Colouring]:
     labels = [one.prediction if one.kind == "label" else None for one in instances]
     if any(label is not None for label in labels):
         found.append(Colouring("label", "by predicted label", [None if x is None else x or "(empty)" for x in labels]))
-    answers = [("non-empty answer" if one.prediction else "empty answer") if one.kind == "qa" else None for one in instances]
+    answers = [
+        ("non-empty answer" if one.prediction else "empty answer") if one.kind == "qa" else None for one in instances
+    ]
     if any(answer is not None for answer in answers):
         found.append(Colouring("answer", "by empty and non-empty predicted answer", answers))
     return found

@@ -79,7 +79,9 @@ def beside_the_paper(table: PaperTable, runs: Sequence[RunResult]) -> TextTable:
 
 def own_table(runs: Sequence[RunResult]) -> TextTable:
     """Runs that stand in no table of the paper: one row each, all metrics."""
-    columns = list(dict.fromkeys((task, metric) for run in runs for task, metrics in run.tasks.items() for metric in metrics))
+    columns = list(
+        dict.fromkeys((task, metric) for run in runs for task, metrics in run.tasks.items() for metric in metrics)
+    )
     rows = []
     for run in runs:
         scores = [cell([run.tasks.get(task, {}).get(metric)]) for task, metric in columns]
@@ -90,9 +92,14 @@ def own_table(runs: Sequence[RunResult]) -> TextTable:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="folders in and below which finished runs lie")
     parser.add_argument(
-        "--table", nargs="+", metavar="N", help="tables of the paper (1, 2, 13, ...), or `runs` for one of your own runs alone"
+        "--runs", nargs="+", default=[], metavar="DIR", help="folders in and below which finished runs lie"
+    )
+    parser.add_argument(
+        "--table",
+        nargs="+",
+        metavar="N",
+        help="tables of the paper (1, 2, 13, ...), or `runs` for one of your own runs alone",
     )
     add_output_arguments(parser)
 
@@ -109,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         # what has something of one's own to show
         tables = [table for table in tables if any(runs_of(row, runs) for row in table.rows)]
         if not tables:
-            raise UserError("none of these runs is a row of configs/paper; --table runs shows them in a table of their own")
+            raise UserError(
+                "none of these runs is a row of configs/paper; --table runs shows them in a table of their own"
+            )
     write_tables([beside_the_paper(table, runs) for table in tables], args)
     return 0

@@ -36,7 +36,9 @@ def mark(name: str) -> AbstractContextManager:
 
 def track_cpu(work: Callable[[], None]) -> Allocations:
     """Run `work`, which passes marks, and sum up the CPU allocator's news."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         work()
     news: list[tuple[int, str, int]] = []
     for event in profiler.profiler.kineto_results.events():

@@ -32,7 +32,9 @@ TAIL = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default=str(REPOSITORY / "configs" / "quickstart.yaml"), help="a run without dropout")
+    parser.add_argument(
+        "--config", default=str(REPOSITORY / "configs" / "quickstart.yaml"), help="a run without dropout"
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=512, help="train.tokens_per_micro_batch of the fast run")
     parser.add_argument("--compile", choices=("on", "off"), default="on", help="train.compile of the fast run")
@@ -48,7 +50,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--config {args.config}: no such file")
     if args.picture and Path(args.picture).suffix not in (".svg", ".png", ".pdf"):
         raise UserError(f"--picture {args.picture}: the name must end in .svg, .png or .pdf")
-    fast = (f"train.tokens_per_micro_batch={args.tokens}", "train.sort_by_length=true", "method.backend=auto", f"train.compile={args.compile}")
+    fast = (
+        f"train.tokens_per_micro_batch={args.tokens}",
+        "train.sort_by_length=true",
+        "method.backend=auto",
+        f"train.compile={args.compile}",
+    )
     kinds = {
         "fast, bf16": ("bf16", (*fast, "model.attention=sdpa")),
         "plain, bf16": ("bf16", OFF),
@@ -64,7 +71,12 @@ def run(args: argparse.Namespace) -> int:
     if args.picture:
         draw(curves, args.picture)
         console.print(f"drawn to {args.picture}", highlight=False)
-    publish(f"losses of {args.steps} steps, {Path(args.config).stem}", rows, args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    publish(
+        f"losses of {args.steps} steps, {Path(args.config).stem}",
+        rows,
+        args,
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
     return 0
 
 
@@ -110,7 +122,11 @@ def draw(curves: dict[str, list[float]], path: str) -> None:
     figure = Figure(figsize=(7.0, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True)
-    looks = {"fast, bf16": ("#1f6fb4", "-", 2.4), "plain, bf16": ("#d1700a", "--", 1.4), "plain, fp32": ("#3d3d3d", ":", 1.4)}
+    looks = {
+        "fast, bf16": ("#1f6fb4", "-", 2.4),
+        "plain, bf16": ("#d1700a", "--", 1.4),
+        "plain, fp32": ("#3d3d3d", ":", 1.4),
+    }
     plain = curves["plain, bf16"]
     for name, curve in curves.items():
         colour, line, width = looks[name]
@@ -118,7 +134,13 @@ def draw(curves: dict[str, list[float]], path: str) -> None:
         above.plot(steps, curve, color=colour, linestyle=line, linewidth=width, label=name)
         if curve is not plain:
             label = f"|{name.partition(',')[0]}, {name.rpartition(' ')[2]} - plain, bf16|"
-            below.plot(steps, [abs(a - b) for a, b in zip(curve, plain, strict=True)], color=colour, linestyle=line, label=label)
+            below.plot(
+                steps,
+                [abs(a - b) for a, b in zip(curve, plain, strict=True)],
+                color=colour,
+                linestyle=line,
+                label=label,
+            )
     above.set_ylabel("loss")
     below.set_ylabel("difference of losses")
     below.set_yscale("log")

@@ -43,14 +43,20 @@ class RowsInMemory:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="t5-v1_1-small", help="built-in size whose training step consumes the batches")
+    parser.add_argument(
+        "--size", default="t5-v1_1-small", help="built-in size whose training step consumes the batches"
+    )
     parser.add_argument("--global-batch-size", type=int, default=128)
     parser.add_argument("--micro-batch-size", type=int, default=16)
     parser.add_argument("--tokens-per-micro-batch", type=int, default=2048)
-    parser.add_argument("--ranks", type=int, default=1, help="each rank mixes the global batch and collates its own share")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="each rank mixes the global batch and collates its own share"
+    )
     parser.add_argument("--batches", type=int, default=50, help="global batches that are made")
     parser.add_argument("--steps", type=int, default=2, help="training steps that are timed; 0: none")
-    parser.add_argument("--consume", type=float, metavar="SAMPLES", help="samples a second to compare with instead of a timed step")
+    parser.add_argument(
+        "--consume", type=float, metavar="SAMPLES", help="samples a second to compare with instead of a timed step"
+    )
     add_row_arguments(parser)
     add_report_arguments(parser)
 
@@ -63,7 +69,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--global-batch-size {args.global_batch_size} must be a multiple of --ranks {args.ranks}")
     device = torch.device("cpu")
     progress("reading rows")
-    mixture = real_mixture(args) if args.lengths == "real" else Mixture([RowsInMemory(make_rows(args, SYNTHETIC_ROWS))], args.seed)
+    mixture = (
+        real_mixture(args)
+        if args.lengths == "real"
+        else Mixture([RowsInMemory(make_rows(args, SYNTHETIC_ROWS))], args.seed)
+    )
     progress(f"making {args.batches} batches")
     made = parts_of(mixture, args)
     consumed = args.consume
@@ -77,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
         made,
         args,
         device,
-        share_of_padding=paddings([mixture.rows(step, args.global_batch_size) for step in range(min(args.batches, 20))], args),
+        share_of_padding=paddings(
+            [mixture.rows(step, args.global_batch_size) for step in range(min(args.batches, 20))], args
+        ),
         samples_a_second_that_training_consumes=consumed,
         training="given" if args.consume else f"{args.size}, fp32, {torch.get_num_threads()} threads",
     )
@@ -98,7 +110,9 @@ def parts_of(mixture: Mixture, args: argparse.Namespace) -> list[dict[str, Any]]
     tokens = 0
     for step in range(args.batches):
         places = clock("order", lambda: mixture.places(step, size))  # noqa: B023
-        rows = clock("fetch", lambda: [mixture.sets[number].row(index, mixture.task_ids[number]) for number, index in places])  # noqa: B023
+        rows = clock(
+            "fetch", lambda: [mixture.sets[number].row(index, mixture.task_ids[number]) for number, index in places]
+        )  # noqa: B023
         parts = clock("deal", lambda: dealt(rows, args))  # noqa: B023
         clock("collate", lambda: [collate(part, PAD_ID) for part in parts])  # noqa: B023
         tokens += sum(len(row.input_ids) + len(row.labels) for row in rows)
@@ -134,7 +148,9 @@ def paddings(batches: list[list[Row]], args: argparse.Namespace) -> dict[str, fl
     }
     real = sum(len(row.input_ids) + len(row.labels) for rows in batches for row in rows)
     return {
-        name: 1 - real / sum(padded_tokens(part) for rows in batches for parts in deal(rows, args.ranks, **how) for part in parts)
+        name: 1
+        - real
+        / sum(padded_tokens(part) for rows in batches for parts in deal(rows, args.ranks, **how) for part in parts)
         for name, how in ways.items()
     }
 

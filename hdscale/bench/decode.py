@@ -39,8 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="of both sides")
     parser.add_argument("--tokens", type=int, default=16, help="new tokens of each mixed row")
     parser.add_argument("--mixed-batches", type=int, default=4, help="batches of mixed rows")
-    parser.add_argument("--rows", type=int, metavar="N", help="only the first rows of each validation set; default: all")
-    parser.add_argument("--every", type=int, default=8, help="of a validation set's batches, sorted or not, one in so many is decoded")
+    parser.add_argument(
+        "--rows", type=int, metavar="N", help="only the first rows of each validation set; default: all"
+    )
+    parser.add_argument(
+        "--every", type=int, default=8, help="of a validation set's batches, sorted or not, one in so many is decoded"
+    )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add_row_arguments(parser)
@@ -48,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_sizes(args, "batch_size", "tokens", "mixed_batches", "turns", "every", *(["rows"] if args.rows is not None else []))
+    check_sizes(
+        args, "batch_size", "tokens", "mixed_batches", "turns", "every", *(["rows"] if args.rows is not None else [])
+    )
     # random weights are what is asked for here
     logging.getLogger("hdscale.modeling.base").setLevel(logging.ERROR)
     device = torch.device(args.device)
@@ -57,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     for dtype in args.dtypes:
         sides[f"hdscale-{dtype}"] = build_model(hyperdecoder_settings(args.size), DTYPES[dtype], device).eval()
         # the very same weights, in the released manner
-        released = build_model(hyperdecoder_settings(args.size, attention="eager", backend="torch"), DTYPES[dtype], device).eval()
+        released = build_model(
+            hyperdecoder_settings(args.size, attention="eager", backend="torch"), DTYPES[dtype], device
+        ).eval()
         sides[f"released-{dtype}"] = as_released(released)
         if dtype == "fp32":
             check_same_tokens(*list(sides.values())[-2:], mixed[: args.batch_size], device)
@@ -75,9 +83,13 @@ def run(args: argparse.Namespace) -> int:
         validation_rows={one.task: len(one.rows) for one in sets},
         mean_source_tokens={"whole": mean_tokens([one.rows for one in sets])}
         | {name: mean_tokens([batch for batches, *_ in jobs for batch in batches]) for name, jobs in evaluated.items()},
-        padding={name: padding_share([batch for batches, *_ in jobs for batch in batches]) for name, jobs in evaluated.items()},
+        padding={
+            name: padding_share([batch for batches, *_ in jobs for batch in batches])
+            for name, jobs in evaluated.items()
+        },
         seconds_of_the_encoder_at_the_matmul_peak={
-            dtype: encoder_flops(sides[f"hdscale-{dtype}"], evaluated["hdscale"]) / peak for dtype, peak in peaks.items()
+            dtype: encoder_flops(sides[f"hdscale-{dtype}"], evaluated["hdscale"]) / peak
+            for dtype, peak in peaks.items()
         },
     )
     return 0
@@ -113,7 +125,12 @@ def compare(
 
     for side, model in sides.items():
         released = side.startswith("released")
-        decode_jobs(model, [(batches[:1], *lengths) for batches, *lengths in (theirs if released else ours)][:1], device, released)
+        decode_jobs(
+            model,
+            [(batches[:1], *lengths) for batches, *lengths in (theirs if released else ours)][:1],
+            device,
+            released,
+        )
     seconds = {side: [] for side in sides}
     for _ in range(turns):
         for side in sides:

@@ -157,7 +157,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
-    table = Table(title=f"memory of a training step on {ranks.device.type}: plan against measurement", title_justify="left")
+    table = Table(
+        title=f"memory of a training step on {ranks.device.type}: plan against measurement", title_justify="left"
+    )
     for column in ("case", "rows x tokens", "plan, MB", "measured, MB", "error", "peak at the"):
         table.add_column(column, justify="left" if column in ("case", "peak at the") else "right")
     for row in rows:

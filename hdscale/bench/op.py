@@ -45,12 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[,batch=B][,tokens=T]",
         help=f"{', '.join(NAMED_SHAPES)}, or d=..,a=..,k=..,layers=..; batch=32,tokens=4 by default; may be repeated",
     )
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default=None, help="default: float32 on CPU, bfloat16 on CUDA")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default=None, help="default: float32 on CPU, bfloat16 on CUDA"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", default=None, help="implementation to measure: cpp or cuda; default: the device's own")
+    parser.add_argument(
+        "--backend", default=None, help="implementation to measure: cpp or cuda; default: the device's own"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which the contenders take turns")
     parser.add_argument("--compile", action="store_true", help="measure (b), matmul + bmm under torch.compile, too")
-    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the table as JSON (default: stdout)")
+    parser.add_argument(
+        "--json", metavar="FILE", nargs="?", const="-", help="write the table as JSON (default: stdout)"
+    )
     parser.add_argument("--markdown", metavar="FILE", help="write the table, with machine and versions, as Markdown")
 
 
@@ -145,7 +151,9 @@ def measure(shape: Shape, dtype: torch.dtype, device: str, backend: str, rounds:
         for name, way in ways.items():
             with torch.no_grad():
                 forward[name].append(seconds(lambda way=way: way(x, code, heads), device))
-            both[name].append(seconds(lambda way=way: torch.autograd.grad(way(x, code, heads), inputs, case.dy), device))
+            both[name].append(
+                seconds(lambda way=way: torch.autograd.grad(way(x, code, heads), inputs, case.dy), device)
+            )
     return {
         "shape": shape._asdict(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -253,7 +261,9 @@ def describe(row: dict) -> str:
             f"  kept {row['bytes_kept'][name] / 1e6:9.2f} MB"
         )
     floor = row["floor"]
-    lines.append(f"  {'floor':<11} forward {floor['forward']:8.4f} s  forward+backward {floor['forward_backward']:8.4f} s")
+    lines.append(
+        f"  {'floor':<11} forward {floor['forward']:8.4f} s  forward+backward {floor['forward_backward']:8.4f} s"
+    )
     return "\n".join(lines)
 
 

@@ -21,7 +21,9 @@ WIDE = 400
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write JSON to FILE, or print it instead of the table")
+    parser.add_argument(
+        "--json", metavar="FILE", nargs="?", const="-", help="write JSON to FILE, or print it instead of the table"
+    )
     parser.add_argument("--markdown", metavar="FILE", help="add the table, hardware, versions and command to FILE")
 
 
@@ -68,7 +70,9 @@ def processor_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def publish(title: str, rows: list[dict[str, Any]], args: argparse.Namespace, device: torch.device, **more: Any) -> None:
+def publish(
+    title: str, rows: list[dict[str, Any]], args: argparse.Namespace, device: torch.device, **more: Any
+) -> None:
     """Print a table of rows (all with the same keys) and write the JSON where it is asked for.
 
     Args:

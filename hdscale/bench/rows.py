@@ -61,7 +61,7 @@ def check_sizes(args: argparse.Namespace, *names: str) -> None:
 
 
 def fixed_lengths(text: str) -> tuple[int, int]:
-    """"512+128" as numbers of source and target tokens."""
+    """ "512+128" as numbers of source and target tokens."""
     source, _, target = text.partition("+")
     if not (source.isdigit() and target.isdigit() and int(source) > 0 and int(target) > 0):
         raise UserError(f"--lengths {text}: write glue, real, or two numbers such as 512+128")
@@ -88,7 +88,10 @@ def make_rows(args: argparse.Namespace, count: int) -> list[Row]:
 def within_vocabulary(rows: list[Row], size: str | None) -> list[Row]:
     """The rows with ids that a built-in size knows (the tiny ones know few)."""
     most = TINY_VOCABULARY if size in TINY_SIZES else VOCABULARY
-    return [row._replace(input_ids=[id % most for id in row.input_ids], labels=[id % most for id in row.labels]) for row in rows]
+    return [
+        row._replace(input_ids=[id % most for id in row.input_ids], labels=[id % most for id in row.labels])
+        for row in rows
+    ]
 
 
 def real_tasks(args: argparse.Namespace) -> tuple[list[Any], Any, Any]:
@@ -130,7 +133,11 @@ def evaluation_sets(args: argparse.Namespace, most_rows: int | None = None) -> l
             split = tokenized_split(task, "validation", tokenizer, settings)
             most = task_decoding(task, tokenizer, EvalSettings(), settings.max_target_length).max_new_tokens
             rows = [split.row(number) for number in range(min(most_rows or len(split), len(split)))]
-            sets.append(EvaluationSet(task.name, within_vocabulary(rows, args.size), most if task.kind == "label" else NUMBER_TOKENS))
+            sets.append(
+                EvaluationSet(
+                    task.name, within_vocabulary(rows, args.size), most if task.kind == "label" else NUMBER_TOKENS
+                )
+            )
         return sets
     count = most_rows or SYNTHETIC_VALIDATION
     if args.lengths != "glue":
@@ -139,7 +146,10 @@ def evaluation_sets(args: argparse.Namespace, most_rows: int | None = None) -> l
     return [
         EvaluationSet(
             task,
-            within_vocabulary([random_row(rng, source_length(rng, task), LABEL_TOKENS, task, index) for index in range(count)], args.size),
+            within_vocabulary(
+                [random_row(rng, source_length(rng, task), LABEL_TOKENS, task, index) for index in range(count)],
+                args.size,
+            ),
             LABEL_TOKENS,
         )
         for task in GLUE_LENGTHS
@@ -168,4 +178,6 @@ def synthetic_rows(count: int, seed: int) -> list[Row]:
 def random_row(rng: np.random.Generator, source: int, target: int, task: str, index: int) -> Row:
     """A row of random tokens, both texts ended by </s>."""
     ids = rng.integers(3, VOCABULARY, source + target)
-    return Row([*map(int, ids[: source - 1]), 1], [*map(int, ids[source : source + target - 1]), 1], 0, str(index), task)
+    return Row(
+        [*map(int, ids[: source - 1]), 1], [*map(int, ids[source : source + target - 1]), 1], 0, str(index), task
+    )

@@ -37,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="t5-v1_1-small", help="built-in size that is trained here")
     parser.add_argument("--dtype", choices=sorted(BITS), default="fp32")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="worlds that are started")
-    parser.add_argument("--global-batch-size", type=int, default=32, help="of the strong scaling; also each rank's share of the weak one")
+    parser.add_argument(
+        "--global-batch-size",
+        type=int,
+        default=32,
+        help="of the strong scaling; also each rank's share of the weak one",
+    )
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
@@ -46,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     guess.add_argument("--predict-batch", type=int, default=16, help="rows of each GPU")
     guess.add_argument("--predict-tokens", type=int, default=48, help="source tokens of a row, as GLUE's mean")
     guess.add_argument("--tflops", type=float, default=300.0, help="that a GPU reaches in bf16")
-    guess.add_argument("--nvlink", type=float, default=200.0, metavar="GB/S", help="of each GPU to the others of its node")
+    guess.add_argument(
+        "--nvlink", type=float, default=200.0, metavar="GB/S", help="of each GPU to the others of its node"
+    )
     guess.add_argument("--infiniband", type=float, default=25.0, metavar="GB/S", help="of each node to the others")
     guess.add_argument("--latency", type=float, default=30.0, metavar="MICROSECONDS", help="of one collective")
     add_row_arguments(parser)
@@ -57,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     measured = []
     for ranks in args.ranks:
-        for kind, batch in (("fixed global batch", args.global_batch_size), ("fixed share", args.global_batch_size * ranks)):
+        for kind, batch in (
+            ("fixed global batch", args.global_batch_size),
+            ("fixed share", args.global_batch_size * ranks),
+        ):
             if ranks == args.ranks[0] and kind == "fixed share" and batch == args.global_batch_size:
                 measured.append(measured[-1] | {"what": kind})
                 continue
@@ -107,9 +117,13 @@ def world(args: argparse.Namespace, ranks: int, batch: int) -> dict[str, Any]:
         processes = [started(place, rank, ranks, port, args.threads) for rank in range(ranks)]
         try:
             # a rank that fails leaves the others waiting for it
-            while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
+            while any(process.poll() is None for process in processes) and not any(
+                process.poll() for process in processes
+            ):
                 if time.monotonic() - began > PATIENCE:
-                    raise UserError(f"{ranks} ranks took more than {PATIENCE:.0f} s; use fewer --steps or a smaller --size")
+                    raise UserError(
+                        f"{ranks} ranks took more than {PATIENCE:.0f} s; use fewer --steps or a smaller --size"
+                    )
                 time.sleep(0.1)
             for rank, process in enumerate(processes):
                 if process.poll():
@@ -124,7 +138,11 @@ def world(args: argparse.Namespace, ranks: int, batch: int) -> dict[str, Any]:
 
 def started(place: Path, rank: int, ranks: int, port: int, threads: int) -> subprocess.Popen[bytes]:
     """One rank as a process."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SUBMITIT_", "TORCHELASTIC_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "SUBMITIT_", "TORCHELASTIC_"))
+    }
     environment |= {
         "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu",
@@ -160,7 +178,12 @@ def arithmetic(heard: dict[str, Any], args: argparse.Namespace) -> dict[str, Any
     trainable, micro_batches = heard["trainable"], heard["micro_batches"]
     expected = trainable * (4 * micro_batches + BITS[args.dtype])
     counted = sum(heard["bytes"].values())
-    return {"trainable": trainable, "micro_batches": micro_batches, "bytes": expected, "counted_over_expected": counted / expected}
+    return {
+        "trainable": trainable,
+        "micro_batches": micro_batches,
+        "bytes": expected,
+        "counted_over_expected": counted / expected,
+    }
 
 
 def predictions(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -173,11 +196,18 @@ def predictions(args: argparse.Namespace) -> list[dict[str, Any]]:
     config = hyperdecoder_settings(args.predict_size)
     model = build_model(config, device="meta")
     trainable = trainable_parameters(model)
-    encoder, decoder = (sum(p.numel() for p in stack.parameters()) for stack in (model.base.encoder.block, model.base.decoder.block))
-    operations = 4.0 * args.predict_batch * (args.predict_tokens * encoder + 2 * (decoder + model.base.lm_head.weight.numel()))
+    encoder, decoder = (
+        sum(p.numel() for p in stack.parameters()) for stack in (model.base.encoder.block, model.base.decoder.block)
+    )
+    operations = (
+        4.0 * args.predict_batch * (args.predict_tokens * encoder + 2 * (decoder + model.base.lm_head.weight.numel()))
+    )
     computing = operations / (args.tflops * 1e12)
     found = []
-    for name, ranks, bandwidth in (("8 GPUs, NVLink", 8, args.nvlink), ("8 nodes of one GPU, InfiniBand", 8, args.infiniband)):
+    for name, ranks, bandwidth in (
+        ("8 GPUs, NVLink", 8, args.nvlink),
+        ("8 nodes of one GPU, InfiniBand", 8, args.infiniband),
+    ):
         moved = (ranks - 1) / ranks * trainable * (2 * 4 + 2)
         speaking = moved / (bandwidth * 1e9) + 2 * args.latency * 1e-6
         found.append(

@@ -114,7 +114,9 @@ def measure(ranks: Ranks, task: Task, rows: list[tuple[list[int], list[int]]], h
     engine = build_engine(model, config, ranks)
     seconds, said, calls = [], {}, {}
     for step in range(task.steps + 1):
-        parts = deal(mixed[step * task.batch : (step + 1) * task.batch], ranks.world_size, task.micro_batch_size)[ranks.rank]
+        parts = deal(mixed[step * task.batch : (step + 1) * task.batch], ranks.world_size, task.micro_batch_size)[
+            ranks.rank
+        ]
         batches = [collate(part, 0) for part in parts]
         ranks.barrier()
         heard.forget()

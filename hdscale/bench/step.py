@@ -28,11 +28,18 @@ VARIANTS = ("hdscale", "released-fp32", "released-bf16", "adapter", "full")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="t5-v1_1-small", help="built-in size of the base")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=None, help="of this code; default: fp32 on CPU, bf16 on CUDA")
-    parser.add_argument("--global-batch-size", type=int, default=64)
-    parser.add_argument("--micro-batch-size", type=int, default=16, help="of this code; the released manner takes the batch whole")
     parser.add_argument(
-        "--tokens-per-micro-batch", type=int, metavar="N", help="of this code: micro-batches of so many tokens, not rows"
+        "--dtype", choices=("bf16", "fp32"), default=None, help="of this code; default: fp32 on CPU, bf16 on CUDA"
+    )
+    parser.add_argument("--global-batch-size", type=int, default=64)
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=16, help="of this code; the released manner takes the batch whole"
+    )
+    parser.add_argument(
+        "--tokens-per-micro-batch",
+        type=int,
+        metavar="N",
+        help="of this code: micro-batches of so many tokens, not rows",
     )
     parser.add_argument("--steps", type=int, default=5, help="turns")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
@@ -48,7 +55,13 @@ def run(args: argparse.Namespace) -> int:
     rows = make_rows(args, args.global_batch_size * args.steps)
     batches = [rows[start : start + args.global_batch_size] for start in range(0, len(rows), args.global_batch_size)]
     variants = build_variants(
-        args.size, dtype, args.micro_batch_size, args.global_batch_size, device, args.variants, args.tokens_per_micro_batch
+        args.size,
+        dtype,
+        args.micro_batch_size,
+        args.global_batch_size,
+        device,
+        args.variants,
+        args.tokens_per_micro_batch,
     )
     measured = take_turns(variants, batches, device)
     peaks = {kind: matmul_peak(kind, device) for kind in {variant.dtype for variant in variants}}
@@ -86,7 +99,9 @@ def take_turns(variants: list[Variant], batches: list[list[Row]], device: torch.
     for turn, batch in enumerate(batches, 1):
         progress(f"turn {turn} of {len(batches)}")
         for variant in variants:
-            measured[variant.name]["seconds"].append(timed(lambda variant=variant, batch=batch: variant.step(batch, device), device))
+            measured[variant.name]["seconds"].append(
+                timed(lambda variant=variant, batch=batch: variant.step(batch, device), device)
+            )
     return measured
 
 

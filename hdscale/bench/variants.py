@@ -46,7 +46,9 @@ def hyperdecoder_settings(size: str, attention: str = "sdpa", backend: str = "au
 
 def adapter_settings(size: str, trainable: int) -> HyperdecoderConfig:
     """Plain adapters in both stacks with as many trainable parameters as near as the sizes allow."""
-    config = HyperdecoderConfig(ModelSettings(size), MethodSettings("adapter", SideSettings("manual", 1), SideSettings("manual", 1)))
+    config = HyperdecoderConfig(
+        ModelSettings(size), MethodSettings("adapter", SideSettings("manual", 1), SideSettings("manual", 1))
+    )
 
     def count(dim: int) -> int:
         sized = copy.deepcopy(config)
@@ -76,7 +78,9 @@ def released_encode(model: AdaptedModel, input_ids: Tensor, attention_mask: Tens
     """The encoding by the modules of `as_released`, in training and in evaluation."""
 
     def run(adaptation: Adaptation | None) -> Tensor:
-        return model.base.encoder(input_ids=input_ids, attention_mask=attention_mask, adaptation=adaptation).last_hidden_state
+        return model.base.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, adaptation=adaptation
+        ).last_hidden_state
 
     hidden = model.method.encode(run, attention_mask, None)
     return Encoded(hidden, model.method.decoder_adaptation(hidden, attention_mask, None))
@@ -165,7 +169,9 @@ class Variant:
             adaptation=encoded.adaptation,
         ).last_hidden_state
         logits = base.lm_head(hidden)
-        return F.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum")
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
+        )
 
 
 def build_variants(
@@ -195,7 +201,9 @@ def build_variants(
 
     makers = {
         "hdscale": lambda: efficient("hdscale", ours),
-        "adapter": lambda: efficient("adapter", adapter_settings(size, trainable_parameters(build_model(ours, device="meta")))),
+        "adapter": lambda: efficient(
+            "adapter", adapter_settings(size, trainable_parameters(build_model(ours, device="meta")))
+        ),
         "full": lambda: efficient("full", HyperdecoderConfig(ModelSettings(size), MethodSettings("full_finetuning"))),
     }
     for name in DTYPES:

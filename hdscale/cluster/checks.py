@@ -37,7 +37,9 @@ def check_slurm(cluster: ClusterSettings) -> None:
         UserError: no sbatch, no controller, an unknown partition; more nodes, GPUs or cores than there are.
     """
     if not has_slurm():
-        raise UserError("sbatch is not on the path; launch from a login node of the cluster, or set cluster.executor=local")
+        raise UserError(
+            "sbatch is not on the path; launch from a login node of the cluster, or set cluster.executor=local"
+        )
     partitions = read_partitions()
     name = cluster.partition
     if name is None:

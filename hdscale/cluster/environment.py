@@ -149,7 +149,9 @@ def number(environ: Mapping[str, str], name: str, default: int | None = None) ->
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"{name}={text!r} is not a number; unset it or start with srun, torchrun or deepspeed") from None
+        raise UserError(
+            f"{name}={text!r} is not a number; unset it or start with srun, torchrun or deepspeed"
+        ) from None
 
 
 def port_of_job(job: int, step: int = 0) -> int:

@@ -20,7 +20,9 @@ from hdscale.errors import UserError, nearest
 EXECUTORS = ("slurm", "local", "debug")
 
 
-def build_executor(cluster: ClusterSettings, folder: Path, name: str, code: Path, dry_run: bool = False) -> submitit.Executor:
+def build_executor(
+    cluster: ClusterSettings, folder: Path, name: str, code: Path, dry_run: bool = False
+) -> submitit.Executor:
     """The executor that `cluster.executor` names, with the resources that `cluster` asks for.
 
     Args:

@@ -89,7 +89,10 @@ def plan_runs(path: str, overrides: list[str], sweep: list[str]) -> tuple[Config
     else:
         # the runs of a sweep share a folder that is called after the launch
         shared = f"run.dir={Path(config.run.dir) / config.run.name}"
-        runs = [(load_config(path, [*overrides, *swept, shared, f"run.name={name}"]), swept) for name, swept in expand(sweep)]
+        runs = [
+            (load_config(path, [*overrides, *swept, shared, f"run.name={name}"]), swept)
+            for name, swept in expand(sweep)
+        ]
     return config, runs
 
 

@@ -140,7 +140,9 @@ def newest_step(run_folder: str | Path) -> int:
     Checkpoints get their name when they are complete, so the name is enough to see progress.
     """
     steps = [
-        int(match[1]) for path in Path(run_folder).glob("checkpoints/step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))
+        int(match[1])
+        for path in Path(run_folder).glob("checkpoints/step_*")
+        if (match := re.fullmatch(r"step_(\d+)", path.name))
     ]
     return max(steps, default=-1)
 

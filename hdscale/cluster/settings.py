@@ -24,7 +24,9 @@ class ClusterSettings:
     account: Optional[str] = setting(None, "account that is charged")
     qos: Optional[str] = setting(None, "quality of service")
     constraint: Optional[str] = setting(None, "node features, such as a100")
-    container: Optional[str] = setting(None, "image to run in: a .sif file (apptainer), else one for srun --container-image")
+    container: Optional[str] = setting(
+        None, "image to run in: a .sif file (apptainer), else one for srun --container-image"
+    )
     setup: list[str] = setting([], "shell lines before the ranks start: modules, environments")
     sbatch: dict[str, Any] = setting({}, "any other sbatch option, such as {mail-type: FAIL}")
     srun: list[str] = setting([], "further options of srun")

@@ -68,7 +68,9 @@ def show_status(run_dir: str, name: str) -> int:
         state = read_state(folder, index)
         words = describe(record, index, run, state, known)
         step = newest_step(run.folder)
-        table.add_row(run.name, job_of(record, index, state), words, "-" if step < 0 else str(step), str(state.starts or "-"))
+        table.add_row(
+            run.name, job_of(record, index, state), words, "-" if step < 0 else str(step), str(state.starts or "-")
+        )
         if state.outcome in ("failed", "stalled") or (state.outcome == "again" and state.stalled):
             errors.append(f"{run.name}: {find_error(folder, index, record, state)}")
     # rows must not be cut where the output goes to a file or a narrow terminal

@@ -27,9 +27,7 @@ def cache_folder(settings: DataSettings) -> Path:
             f"no folder for tokenised data at {folder} ({error.strerror}); set data.cache to one"
         ) from error
     if not os.access(folder, os.W_OK):
-        raise UserError(
-            f"{folder}: no permission to write tokenised data there; set data.cache to another folder"
-        )
+        raise UserError(f"{folder}: no permission to write tokenised data there; set data.cache to another folder")
     return folder
 
 

@@ -40,21 +40,13 @@ def split_paths(task: Task, origin: str, settings: DataSettings) -> list[Path]:
         return [download(remote, name) for name in remote.names]
     root = Path(settings.root)
     if not root.is_dir():
-        raise UserError(
-            f"data.root={settings.root} is no folder; `hdscale prepare --config F --to DIR` fills one"
-        )
+        raise UserError(f"data.root={settings.root} is no folder; `hdscale prepare --config F --to DIR` fills one")
     folder = root / str(task.repo)
-    names = (
-        sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet"))
-        if folder.is_dir()
-        else []
-    )
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")) if folder.is_dir() else []
     found = match(names, task.configs, origin)
     if not found:
         wanted = folder / task.configs[0] / f"{origin}-00000-of-00001.parquet"
-        raise UserError(
-            f"{wanted} is missing: split '{origin}' of task {task.name}{have(names)}; {remedy(settings)}"
-        )
+        raise UserError(f"{wanted} is missing: split '{origin}' of task {task.name}{have(names)}; {remedy(settings)}")
     return [folder / name for name in whole(found, str(folder))]
 
 
@@ -101,9 +93,7 @@ def listing(repo: str, revision: str) -> tuple[str, tuple[str, ...]]:
         reason = error
     try:
         folder = Path(
-            huggingface_hub.snapshot_download(
-                repo, repo_type="dataset", revision=revision, local_files_only=True
-            )
+            huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True)
         )
     except (LocalEntryNotFoundError, OSError) as error:
         raise UserError(
@@ -142,9 +132,7 @@ def repo_info(repo: str, revision: str, kind: str, sizes: bool = False) -> Any:
 
     what = "data set" if kind == "dataset" else kind
     try:
-        return huggingface_hub.HfApi().repo_info(
-            repo, revision=revision, repo_type=kind, files_metadata=sizes
-        )
+        return huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=sizes)
     except GatedRepoError as error:
         raise UserError(
             f"hub {what} {repo} is gated: accept its terms on the hub and log in (`hf auth login`)"
@@ -154,9 +142,7 @@ def repo_info(repo: str, revision: str, kind: str, sizes: bool = False) -> Any:
             f"hub {what} {repo} has no revision '{revision}'; see data.revisions and model.revision"
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(
-            f"there is no hub {what} '{repo}' (or it is private: log in by `hf auth login`)"
-        ) from error
+        raise UserError(f"there is no hub {what} '{repo}' (or it is private: log in by `hf auth login`)") from error
     except HFValidationError as error:
         raise UserError(f"'{repo}' is no name of a hub {what}: {one_line(error)}") from error
     except OfflineModeIsEnabled as error:
@@ -174,9 +160,7 @@ def download(remote: RemoteFiles, name: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(
-            huggingface_hub.hf_hub_download(remote.repo, name, repo_type="dataset", revision=remote.revision)
-        )
+        return Path(huggingface_hub.hf_hub_download(remote.repo, name, repo_type="dataset", revision=remote.revision))
     except Exception as error:
         raise UserError(
             f"{name} of hub data set {remote.repo}@{remote.revision} cannot be fetched: {one_line(error)}; "

@@ -79,9 +79,7 @@ class Mirror:
                 if found.get("format") != FORMAT:
                     raise UserError(f"{path}: written by another version of hdscale; name a new folder")
             except (json.JSONDecodeError, AttributeError) as error:
-                raise UserError(
-                    f"{path}: damaged ({error}); remove it: whole files will be found again"
-                ) from error
+                raise UserError(f"{path}: damaged ({error}); remove it: whole files will be found again") from error
             self.manifest |= found
         self.manifest["hdscale"] = __version__
 
@@ -124,15 +122,11 @@ class Mirror:
         # pickled weights and their conversion are there together for a while
         room = needed + sum(file.size for file in missing if file.name.endswith(".bin"))
         if room > free:
-            raise UserError(
-                f"--to {self.folder}: {gigabytes(room)} are needed there, but {gigabytes(free)} are free"
-            )
+            raise UserError(f"--to {self.folder}: {gigabytes(room)} are needed there, but {gigabytes(free)} are free")
         if not missing:
             return []
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(
-            *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
-        ) as progress:
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("fetching", total=needed)
             for file in missing:
                 progress.update(bar, description=f"{file.repo} {Path(file.name).name}")
@@ -174,9 +168,7 @@ class Mirror:
                 "what is whole stays"
             ) from error
         except Exception as error:
-            if not type(error).__module__.startswith(
-                ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
-            ):
+            if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")):
                 raise
             raise UserError(
                 f"{file.name} of {file.repo}@{file.revision} cannot be fetched ({one_line(error)}); run the "
@@ -186,9 +178,7 @@ class Mirror:
         found = sha256(path)
         if file.checksum and found != file.checksum:
             path.unlink()
-            raise UserError(
-                f"{file.path}: its content differs from the hub's checksum; run the same command again"
-            )
+            raise UserError(f"{file.path}: its content differs from the hub's checksum; run the same command again")
         self.record(file.path, found, repo=file.repo, revision=file.revision, commit=file.commit)
 
     def record(self, name: str, checksum: str, **facts: Any) -> None:

@@ -50,9 +50,7 @@ class Mixture:
         if not sets:
             raise UserError("no task of data.tasks has a training set; name one that has")
         if not temperature > 0:
-            raise UserError(
-                f"data.temperature={temperature} must be above 0; 1 draws in proportion to the sets' sizes"
-            )
+            raise UserError(f"data.temperature={temperature} must be above 0; 1 draws in proportion to the sets' sizes")
         if not 0 < fraction <= 1:
             raise UserError(f"data.fraction={fraction} must be above 0 and at most 1")
         for one in sets:
@@ -63,8 +61,7 @@ class Mixture:
         self.task_ids = list(range(len(sets))) if task_ids is None else list(task_ids)
         self._chosen = [subset(len(one), fraction, seed, number) for number, one in enumerate(sets)]
         self.sizes = [
-            len(one) if chosen is None else len(chosen)
-            for one, chosen in zip(sets, self._chosen, strict=True)
+            len(one) if chosen is None else len(chosen) for one, chosen in zip(sets, self._chosen, strict=True)
         ]
         self._starts = np.cumsum([0, *self.sizes])
         # two epochs meet in one batch, so the orders of two are kept
@@ -152,7 +149,5 @@ def permutation(size: int, seed: int, purpose: int, number: int) -> np.ndarray:
 
 def random_words(count: int, seed: int, purpose: int, number: int) -> np.ndarray:
     """`count` random 64-bit words that are a function of the other arguments."""
-    generator = np.random.Philox(
-        key=np.array([seed % 2**64, number], dtype=np.uint64), counter=[0, 0, 0, purpose]
-    )
+    generator = np.random.Philox(key=np.array([seed % 2**64, number], dtype=np.uint64), counter=[0, 0, 0, purpose])
     return generator.random_raw(count)

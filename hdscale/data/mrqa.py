@@ -198,9 +198,7 @@ def split_paths(task: Task, split: str, settings: DataSettings) -> list[Path]:
     return [path for origin in task.splits[split].origins for path in paths_of(task, origin, settings)]
 
 
-def read_paths(
-    task: Task, split: str, settings: DataSettings
-) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+def read_paths(task: Task, split: str, settings: DataSettings) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """(file and line, context, question record) of every question of a split."""
     for path in split_paths(task, split, settings):
         if path.suffix == ".parquet":
@@ -228,9 +226,7 @@ def passages(path: Path) -> Iterator[tuple[str, str, list[Mapping[str, Any]]]]:
         if "header" in row and "context" not in row:
             header = row["header"]
             if not isinstance(header, Mapping) or "dataset" not in header:
-                raise UserError(
-                    f"{where}: field 'header.dataset' is missing; name the data set or leave the line out"
-                )
+                raise UserError(f"{where}: field 'header.dataset' is missing; name the data set or leave the line out")
             continue
         context = field_of(row, "context", str, where)
         qas = field_of(row, "qas", list, where)
@@ -265,16 +261,12 @@ def hub_answers(found: Any) -> list[dict[str, Any]]:
         if isinstance(spans, Mapping):
             pairs = list(zip(spans["start"], spans["end"], strict=True))
         else:
-            pairs = [
-                (span["start"], span["end"]) if isinstance(span, Mapping) else tuple(span) for span in spans
-            ]
+            pairs = [(span["start"], span["end"]) if isinstance(span, Mapping) else tuple(span) for span in spans]
         answers.append({"text": answer["text"], "char_spans": [list(pair) for pair in pairs]})
     return answers
 
 
-def make_question(
-    task: Task, where: str, context: str, record: Any, seen: dict[str, list[int]]
-) -> Question | None:
+def make_question(task: Task, where: str, context: str, record: Any, seen: dict[str, list[int]]) -> Question | None:
     """A question from its record, or None if it repeats an earlier one; `seen` is {qid: hashes of question
     and context}.
     """
@@ -312,9 +304,7 @@ def prompt_before_context(template: str, question: str) -> str:
     """The prompt up to the context; the template must end with it, so that chunks differ at their ends."""
     before, marker, after = template.partition("{context}")
     if not marker or after or "{question}" not in before:
-        raise UserError(
-            f"template '{template}': a chunked QA task needs '{{question}}' and, at its end, '{{context}}'"
-        )
+        raise UserError(f"template '{template}': a chunked QA task needs '{{question}}' and, at its end, '{{context}}'")
     return before.replace("{question}", question)
 
 
@@ -328,12 +318,8 @@ def read_spans(detected: Any, context: str, where: str) -> tuple[tuple[int, int]
         if not isinstance(answer, Mapping) or not isinstance(answer.get("char_spans"), list):
             raise UserError(f"{where}: field '{field}.char_spans' is missing or no list")
         for index, span in enumerate(answer["char_spans"]):
-            if not (
-                isinstance(span, list | tuple) and len(span) == 2 and all(type(end) is int for end in span)
-            ):
-                raise UserError(
-                    f"{where}: field '{field}.char_spans[{index}]' must be [first, last], not {span!r}"
-                )
+            if not (isinstance(span, list | tuple) and len(span) == 2 and all(type(end) is int for end in span)):
+                raise UserError(f"{where}: field '{field}.char_spans[{index}]' must be [first, last], not {span!r}")
             first, last = span
             if not 0 <= first <= last < len(context):
                 raise UserError(
@@ -354,9 +340,7 @@ def field_of(record: Mapping[str, Any], name: str, kind: type, where: str) -> An
     if name not in record:
         raise UserError(f"{where}: field '{name}' is missing")
     if not isinstance(record[name], kind):
-        raise UserError(
-            f"{where}: field '{name}' must be a {kind.__name__}, not {type(record[name]).__name__}"
-        )
+        raise UserError(f"{where}: field '{name}' must be a {kind.__name__}, not {type(record[name]).__name__}")
     return record[name]
 
 

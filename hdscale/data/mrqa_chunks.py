@@ -72,9 +72,7 @@ def chunks_of_questions(
             return_attention_mask=False,
             verbose=False,
         )
-        for question, ids, offsets in zip(
-            group, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
+        for question, ids, offsets in zip(group, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             yield from chunks_of(
                 question,
                 ids,
@@ -127,11 +125,7 @@ def chunks_of(
         start = 0 if begin == 0 else token_starts[begin]
         # up to the next token: characters that no token covers (an accent of its own, white space) stay with
         # the one before
-        end = (
-            len(question.context)
-            if stop == len(context_ids)
-            else max(token_starts[stop], token_ends[stop - 1])
-        )
+        end = len(question.context) if stop == len(context_ids) else max(token_starts[stop], token_ends[stop - 1])
         inside = [span for span, (low, high) in answers if begin <= low and high <= stop]
         yield Chunk(
             source=question.source[:border] + question.context[start:end],
@@ -203,7 +197,6 @@ def cut_prompt(question: Question, prompt: list[int], starts: Sequence[int], win
     low, high = bisect_left(starts, begin), bisect_left(starts, begin + len(question.question))
     if high - low < excess:
         raise UserError(
-            f"data.max_source_length={window} leaves no room beside the template of task {question.task}; "
-            "raise it"
+            f"data.max_source_length={window} leaves no room beside the template of task {question.task}; raise it"
         )
     return prompt[: high - excess] + prompt[high:]

@@ -46,16 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", metavar="DIR", required=True, help="folder to fill; run again to go on or to bring up to date"
     )
     parser.add_argument("--tokenizer-only", action="store_true", help="fetch the tokenizer alone")
-    parser.add_argument(
-        "--no-weights", action="store_true", help="leave the base's weights out (data and tokenizer)"
-    )
+    parser.add_argument("--no-weights", action="store_true", help="leave the base's weights out (data and tokenizer)")
     parser.add_argument("--no-data", action="store_true", help="leave the data out (tokenizer and weights)")
     parser.add_argument(
         "--any-size", action="store_true", help="accept splits whose sizes differ from the paper's tables"
     )
-    parser.add_argument(
-        "--verify", action="store_true", help="read every file that is there and compare its checksum"
-    )
+    parser.add_argument("--verify", action="store_true", help="read every file that is there and compare its checksum")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,9 +90,7 @@ def run(args: argparse.Namespace) -> int:
     usage = [f"data.root={args.to}"] if from_hub else []
     usage += [f"model.name={mirror.folder / model}"] if weights else []
     usage += (
-        [f"model.tokenizer={mirror.folder / tokenizer}"]
-        if tokenizer and not (weights and tokenizer == model)
-        else []
+        [f"model.tokenizer={mirror.folder / tokenizer}"] if tokenizer and not (weights and tokenizer == model) else []
     )
     console.print(
         f"offline: HF_HUB_OFFLINE=1 hdscale train --config {args.config} {' '.join(usage)}",
@@ -155,9 +149,7 @@ def tokenizer_files(repo: str, revision: str | None) -> list[Wanted]:
     files = remote_files(repo, revision or "main", "model")
     chosen = chosen_files(files, TOKENIZER_FILES)
     if not any(file.name != "config.json" for file in chosen):
-        raise UserError(
-            f"hub model {repo} has no tokenizer; name another repository or folder by model.tokenizer"
-        )
+        raise UserError(f"hub model {repo} has no tokenizer; name another repository or folder by model.tokenizer")
     return chosen
 
 
@@ -169,25 +161,19 @@ def weight_files(repo: str, revision: str | None) -> list[Wanted]:
         weights = chosen_files(files, patterns)
         if weights:
             return chosen_files(files, MODEL_FILES) + weights
-    raise UserError(
-        f"hub model {repo} has neither safetensors nor PyTorch weights; name another by model.name"
-    )
+    raise UserError(f"hub model {repo} has neither safetensors nor PyTorch weights; name another by model.name")
 
 
 def chosen_files(files: dict[str, Wanted], patterns: Sequence[str]) -> list[Wanted]:
     """Files at the top of a repository whose names match."""
-    return [
-        file for name, file in files.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-    ]
+    return [file for name, file in files.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
 def finish_weights(mirror: Mirror, model: str, wanted: Sequence[Wanted], console: Console) -> None:
     """Convert pickled weights, once, and note the fingerprint by which exports know their base."""
     folder = mirror.folder / model
     pickled = [
-        file
-        for file in wanted
-        if file.repo == model and file.name.endswith(".bin") and (folder / file.name).is_file()
+        file for file in wanted if file.repo == model and file.name.endswith(".bin") and (folder / file.name).is_file()
     ]
     if pickled:
         console.print(f"converting {len(pickled)} file(s) of {model} to safetensors", highlight=False)
@@ -213,13 +199,10 @@ def check_sizes(mirror: Mirror, tasks: Sequence[Task], settings: DataSettings, c
         mirror.manifest["splits"][task.name] = counts
         wrong = [split for split in counts if split in task.sizes and counts[split] != task.sizes[split]]
         differences += [
-            f"{task.name} {split}: {counts[split]} rows, the paper's table says {task.sizes[split]}"
-            for split in wrong
+            f"{task.name} {split}: {counts[split]} rows, the paper's table says {task.sizes[split]}" for split in wrong
         ]
         verdict = "differs" if wrong else "as stated" if task.sizes else "not stated"
-        table.add_row(
-            task.name, *(f"{counts[split]:,}" if split in counts else "-" for split in SPLITS), verdict
-        )
+        table.add_row(task.name, *(f"{counts[split]:,}" if split in counts else "-" for split in SPLITS), verdict)
     if tasks:
         console.print(table)
     return differences

@@ -68,9 +68,7 @@ def check_settings(settings: DataSettings) -> None:
     """Raise UserError if a number of `data.*` is out of its range."""
     for key in ("max_source_length", "max_target_length"):
         if getattr(settings, key) < 2:
-            raise UserError(
-                f"data.{key}={getattr(settings, key)} leaves no room beside </s>; it must be at least 2"
-            )
+            raise UserError(f"data.{key}={getattr(settings, key)} leaves no room beside </s>; it must be at least 2")
     if not settings.temperature > 0:
         raise UserError(
             f"data.temperature={settings.temperature} must be above 0; 1 is in proportion to the sets' sizes"

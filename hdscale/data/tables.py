@@ -36,8 +36,7 @@ def paths_of(task: Task, origin: str, settings: DataSettings) -> list[Path]:
     for path in paths:
         if not path.is_file():
             raise UserError(
-                f"task {task.name}: no file {path} (split '{origin}'); relative paths start at the working "
-                "folder"
+                f"task {task.name}: no file {path} (split '{origin}'); relative paths start at the working folder"
             )
     return paths
 
@@ -105,8 +104,7 @@ def check_unique(example: Example, where: str, seen: dict[str, str], task: Task)
         raise UserError(f"{where}: column '{task.id}' of task {task.name} is empty; every row needs an id")
     if example.id in seen:
         raise UserError(
-            f"{where}: id '{example.id}' of task {task.name} is that of {seen[example.id]} too; ids must be "
-            "unique"
+            f"{where}: id '{example.id}' of task {task.name} is that of {seen[example.id]} too; ids must be unique"
         )
     seen[example.id] = where
 
@@ -145,9 +143,7 @@ def iter_rows(path: Path, task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]
         header = list(task.header) or next(lines, (0, []))[1]
         for number, cells in lines:
             if len(cells) != len(header):
-                raise UserError(
-                    f"{path}: line {number} has {len(cells)} cells, but there are {len(header)} columns"
-                )
+                raise UserError(f"{path}: line {number} has {len(cells)} cells, but there are {len(header)} columns")
             yield f"{path}: line {number}", dict(zip(header, cells, strict=True))
     else:
         for number, row in json_rows(path):
@@ -162,9 +158,7 @@ def check_unicode(row: Mapping[str, Any], where: str) -> None:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
-        raise UserError(
-            f"{where}: {half} is half a character (a lone surrogate); mend or remove the row"
-        ) from error
+        raise UserError(f"{where}: {half} is half a character (a lone surrogate); mend or remove the row") from error
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
@@ -172,9 +166,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: not a readable parquet file ({hub.one_line(error)}); fetch it again"
-        ) from error
+        raise UserError(f"{path}: not a readable parquet file ({hub.one_line(error)}); fetch it again") from error
 
 
 def parquet_rows(path: Path, task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -187,9 +179,7 @@ def parquet_rows(path: Path, task: Task) -> Iterator[tuple[str, Mapping[str, Any
                     yield f"{path}: row {number}", row
                     number += 1
         except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"{path}: damaged after row {number} ({hub.one_line(error)}); fetch it again"
-            ) from error
+            raise UserError(f"{path}: damaged after row {number} ({hub.one_line(error)}); fetch it again") from error
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -198,11 +188,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     tab = suffix_of(path) == ".tsv"
     with open_text(path) as file:
         lines = text_lines(file, path)
-        rows = (
-            csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-            if tab
-            else csv.reader(lines, strict=True)
-        )
+        rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(lines, strict=True)
         while True:
             try:
                 cells = next(rows)
@@ -223,9 +209,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}: line {number} is not JSON ({error.msg}); write one object a line"
-                ) from error
+                raise UserError(f"{path}: line {number} is not JSON ({error.msg}); write one object a line") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number} is not a JSON object; write one object a line")
             yield number, row

@@ -55,9 +55,7 @@ def load_tokenizer(name: str | None, revision: str | None = None) -> Any:
     if not name:
         raise UserError(f"no tokenizer is named; {advice}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, use_fast=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True, trust_remote_code=False)
         # a folder with a config.json alone gives a tokenizer of special tokens, and no error
         if len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()) < MIN_VOCABULARY:
             raise ValueError("no vocabulary is there")
@@ -222,9 +220,7 @@ def locked(path: Path) -> Iterator[bool]:
         lock.release()
 
 
-def build(
-    folder: Path, task: Task, split: str, tokenizer: Any, settings: DataSettings, alone: bool
-) -> TokenizedSplit:
+def build(folder: Path, task: Task, split: str, tokenizer: Any, settings: DataSettings, alone: bool) -> TokenizedSplit:
     """Tokenise a split into `folder`, by way of a temporary one beside it.
 
     Args:
@@ -264,9 +260,7 @@ def write(
         rows = iter(examples)
         while batch := list(islice(rows, BATCH_ROWS)):
             files["source"].extend(source_ids(tokenizer, batch, settings.max_source_length))
-            files["target"].extend(
-                encode(tokenizer, [row.target for row in batch], settings.max_target_length)
-            )
+            files["target"].extend(encode(tokenizer, [row.target for row in batch], settings.max_target_length))
             files["ids"].extend([np.frombuffer(row.id.encode(), dtype=np.uint8) for row in batch])
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     meta = {"task": task.name, "split": split, "rows": files["ids"].rows, "dtypes": dtypes, "files": sizes}

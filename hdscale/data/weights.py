@@ -62,9 +62,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{path}: not a file of tensors that can be read safely ({reason}); fetch it again"
-        ) from error
+        raise UserError(f"{path}: not a file of tensors that can be read safely ({reason}); fetch it again") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path}: holds something else than tensors by name; give a transformers checkpoint")
     return state
@@ -76,7 +74,5 @@ def without_aliases(tensors: dict[str, Any]) -> dict[str, Any]:
     kept: dict[tuple[int, Any], str] = {}
     for name in sorted(tensors, key=lambda name: (name != KEPT_NAME, name)):
         tensor = tensors[name]
-        kept.setdefault(
-            (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (id(tensor), ()), name
-        )
+        kept.setdefault((tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (id(tensor), ()), name)
     return {name: tensors[name] for name in kept.values()}

@@ -30,7 +30,9 @@ def parse_compile(value: str, stage: int) -> str:
     if value not in CHOICES:
         raise UserError(f"train.compile={value}{nearest(value, ('off', 'on', 'auto'))}")
     if CHOICES[value] == "on" and stage == 3:
-        raise UserError("train.compile=on is for ZeRO stages 1 and 2: stage 3 gathers weights inside what would be compiled; use off")
+        raise UserError(
+            "train.compile=on is for ZeRO stages 1 and 2: stage 3 gathers weights inside what would be compiled; use off"
+        )
     return CHOICES[value]
 
 
@@ -66,9 +68,13 @@ def compile_for_training(engine: Engine, value: str, sample: Sequence[Batch], se
         if choice == "on":
             raise UserError(f"train.compile=on: the compiler failed ({failures[0]}); use train.compile=off")
         if settled.once("compile", lambda: "off") == "on":
-            log.warning(f"the run began compiled, and the compiler fails here ({failures[0]}): losses will differ in their last bits")
+            log.warning(
+                f"the run began compiled, and the compiler fails here ({failures[0]}): losses will differ in their last bits"
+            )
         else:
-            log.warning(f"train.compile=auto: the compiler failed ({failures[0]}); going on without, as this run will from now on")
+            log.warning(
+                f"train.compile=auto: the compiler failed ({failures[0]}); going on without, as this run will from now on"
+            )
         return
     settled.once("compile", lambda: "on")
     log.info(worth(plain, timed(engine, middle), first, len(sample)))

@@ -198,8 +198,12 @@ class Engine:
         if everyone:
             ids = [identity for _, identity in everyone]
             more = f" and {len(ids) - IDS_SHOWN} more" if len(ids) > IDS_SHOWN else ""
-            message += f"; tasks {', '.join(sorted({task for task, _ in everyone}))}; ids {', '.join(ids[:IDS_SHOWN])}{more}"
-        return NonFiniteError(f"{message}; the last checkpoint is untouched: lower train.learning_rate, or look at these rows")
+            message += (
+                f"; tasks {', '.join(sorted({task for task, _ in everyone}))}; ids {', '.join(ids[:IDS_SHOWN])}{more}"
+            )
+        return NonFiniteError(
+            f"{message}; the last checkpoint is untouched: lower train.learning_rate, or look at these rows"
+        )
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:

@@ -46,7 +46,9 @@ class Preemption:
             self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._reason is not None:
             # on the way out: `srun --kill-on-bad-exit` sends SIGTERM to the ranks that leave a moment later than the
             # first, and they should come to the same exit code

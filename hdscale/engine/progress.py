@@ -76,7 +76,9 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None:
             self._write("train.log", stamped(f"{kind.__name__ if kind else ''}: {error}"))
         self.close()
@@ -115,7 +117,14 @@ class RunLog:
             self._bar = self._bars.add_task("train", total=max_steps, completed=step, news="")
 
     def step(
-        self, result: StepResult, *, samples: int, tokens: int, seconds: float, waited: float = 0.0, padding: float = 0.0
+        self,
+        result: StepResult,
+        *,
+        samples: int,
+        tokens: int,
+        seconds: float,
+        waited: float = 0.0,
+        padding: float = 0.0,
     ) -> None:
         """A training step is done.
 
@@ -201,8 +210,12 @@ class RunLog:
         if not self._active:
             return
         scores = {f"{task}/{name}": value for task, values in metrics.items() for name, value in values.items()}
-        self._metrics({"kind": "evaluation", "step": step, "split": split, **averages, "selection": selection, **scores}, split)
-        summary = "  ".join(f"{task} {' / '.join(f'{v:.2f}' for v in values.values())}" for task, values in metrics.items())
+        self._metrics(
+            {"kind": "evaluation", "step": step, "split": split, **averages, "selection": selection, **scores}, split
+        )
+        summary = "  ".join(
+            f"{task} {' / '.join(f'{v:.2f}' for v in values.values())}" for task, values in metrics.items()
+        )
         shown = f"average {averages['average']:.2f}  " if "average" in averages else ""
         self.info(f"step {step}  {split}: {shown}{summary}")
 

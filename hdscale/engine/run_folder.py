@@ -91,7 +91,9 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{self.path} is in use by another process; wait for it, or choose another run.name") from error
+            raise UserError(
+                f"{self.path} is in use by another process; wait for it, or choose another run.name"
+            ) from error
         except OSError:
             # some cluster file systems have no locks: go on without
             self._lock.close()

@@ -13,7 +13,9 @@ class TrainSettings:
     max_steps: int = setting(65536, "optimizer steps")
     epochs: Optional[float] = setting(None, "epochs over the mixture, in place of max_steps")
     global_batch_size: int = setting(128, "instances of one step, whatever the number of ranks")
-    micro_batch_size: Optional[int] = setting(None, "instances of one forward pass of a rank; default: all of the rank's")
+    micro_batch_size: Optional[int] = setting(
+        None, "instances of one forward pass of a rank; default: all of the rank's"
+    )
     tokens_per_micro_batch: Optional[str] = setting(
         None,
         "most source and target tokens of one forward pass, padding included: a number, or auto (tried once, then kept "

@@ -36,14 +36,20 @@ def parse_token_budget(value: str | None, stage: int) -> int | str | None:
         return None
     if value == AUTO:
         if stage == 3:
-            raise UserError("train.tokens_per_micro_batch=auto is for ZeRO stages 1 and 2; give a number of tokens under stage 3")
+            raise UserError(
+                "train.tokens_per_micro_batch=auto is for ZeRO stages 1 and 2; give a number of tokens under stage 3"
+            )
         return AUTO
     if not value.isdigit() or int(value) < 1:
-        raise UserError(f"train.tokens_per_micro_batch={value}: must be a number of tokens of at least 1, auto, or null")
+        raise UserError(
+            f"train.tokens_per_micro_batch={value}: must be a number of tokens of at least 1, auto, or null"
+        )
     return int(value)
 
 
-def find_token_budget(engine: Engine, rows: Sequence[Row], pad_id: int, train: Any, longest: tuple[int, int], log: Any) -> int:
+def find_token_budget(
+    engine: Engine, rows: Sequence[Row], pad_id: int, train: Any, longest: tuple[int, int], log: Any
+) -> int:
     """The budget at which a step over `rows` is fastest, among those whose largest pass fits into memory. Collective.
 
     Passes are forward and backward without touching gradients, weights or optimizer.

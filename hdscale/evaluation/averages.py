@@ -42,9 +42,7 @@ def averages(tasks: Sequence[Any], results: Mapping[str, Mapping[str, float]]) -
     """
     scores = {task.name: task_score(task, results[task.name]) for task in tasks}
     found = {"average": fmean(scores.values())}
-    summaries = [
-        scores[task.name] for task in tasks if task.kind == "text" and "rouge2" in results[task.name]
-    ]
+    summaries = [scores[task.name] for task in tasks if task.kind == "text" and "rouge2" in results[task.name]]
     labels = [scores[task.name] for task in tasks if task.kind == "label"]
     if summaries and labels:
         found |= {"summarisation": fmean(summaries), "nli": fmean(labels)}

@@ -107,9 +107,7 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Any], numbers: Sequence[int]) -> list[Prediction]:
         """Decode one batch. `rows` have `input_ids` and `id`; `numbers` are their positions in the split."""
-        input_ids, attention_mask = pad(
-            [row.input_ids for row in rows], self.tokenizer.pad_token_id, self.device
-        )
+        input_ids, attention_mask = pad([row.input_ids for row in rows], self.tokenizer.pad_token_id, self.device)
         task_ids = None
         if self.task_id is not None:
             task_ids = torch.full((len(rows),), self.task_id, dtype=torch.long, device=self.device)
@@ -130,9 +128,7 @@ class Decoder:
             if self.scored:
                 if log_likelihood is None:
                     labels = generated.masked_fill(~kept, -100)
-                    log_likelihood = self.model.log_likelihood(
-                        input_ids, attention_mask, labels, task_ids=task_ids
-                    )
+                    log_likelihood = self.model.log_likelihood(input_ids, attention_mask, labels, task_ids=task_ids)
                 scores = [round(value, SCORE_DECIMALS) for value in log_likelihood.double().tolist()]
         texts = self.tokenizer.batch_decode(
             generated.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -236,9 +232,7 @@ class PartFiles:
 
     @staticmethod
     def line(batch: int, predictions: list[Prediction]) -> str:
-        return dumps(
-            {"batch": batch, "rows": [dataclasses.astuple(prediction) for prediction in predictions]}
-        )
+        return dumps({"batch": batch, "rows": [dataclasses.astuple(prediction) for prediction in predictions]})
 
 
 def decode_all(
@@ -284,9 +278,7 @@ def decode_all(
     ranks.barrier()
 
 
-def find_batch_size(
-    attempt: Callable[[int], None], ranks: RankGroup | None = None, largest: int = 512
-) -> int:
+def find_batch_size(attempt: Callable[[int], None], ranks: RankGroup | None = None, largest: int = 512) -> int:
     """The largest of `largest`, `largest`/2, … that fits on every rank's accelerator.
 
     Args:
@@ -309,9 +301,7 @@ def find_batch_size(
         if ranks.all_true(fits):
             return size
         size //= 2
-    raise UserError(
-        "not one row can be decoded in this device's memory; use a smaller base or shorter sources"
-    )
+    raise UserError("not one row can be decoded in this device's memory; use a smaller base or shorter sources")
 
 
 @contextlib.contextmanager

@@ -115,9 +115,7 @@ def evaluate_tasks(
         )
     metrics = {name: result.metrics for name, result in results.items()}
     notes = {name: result.notes for name, result in results.items()}
-    return Evaluation(
-        results, averages(tasks, metrics), selection_score(settings.select, tasks, metrics, notes)
-    )
+    return Evaluation(results, averages(tasks, metrics), selection_score(settings.select, tasks, metrics, notes))
 
 
 def evaluate_split(
@@ -219,9 +217,7 @@ def evaluate_rows(
     if not len(examples):
         raise UserError(f"task {task.name}: its {split} split has no rows")
     lockstep = lockstep and ranks.world_size > 1
-    decoder = decoder or Decoder(
-        model, tokenizer, decoding, scored=chunked, task_id=task_id, lockstep=lockstep
-    )
+    decoder = decoder or Decoder(model, tokenizer, decoding, scored=chunked, task_id=task_id, lockstep=lockstep)
     lengths = rows.source_lengths[: len(examples)]
     name = f"{task.name}.{split}"
     batch_size = stored_batch_size(settings, folder, name, decoder, rows, lengths, ranks)
@@ -286,9 +282,7 @@ def stored_batch_size(
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         # as long as a target may get: the shortest length allowed is the longest
         full = dataclasses.replace(decoder.decoding, min_new_tokens=decoder.decoding.max_new_tokens)
-        probe = Decoder(
-            decoder.model, decoder.tokenizer, full, decoder.scored, decoder.task_id, decoder.lockstep
-        )
+        probe = Decoder(decoder.model, decoder.tokenizer, full, decoder.scored, decoder.task_id, decoder.lockstep)
         size = find_batch_size(lambda count: probe([rows.row(longest)] * count, [longest] * count), ranks)
 
     def store_size() -> None:
@@ -342,9 +336,7 @@ def merge(
         if len(found) == len(examples):
             break
         if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"{path}: {len(examples) - len(found)} of {len(examples)} rows are in no part file"
-            )
+            raise RuntimeError(f"{path}: {len(examples) - len(found)} of {len(examples)} rows are in no part file")
         time.sleep(0.5)
     stamp_path(path).unlink(missing_ok=True)
     with atomic_writer(path) as stream:

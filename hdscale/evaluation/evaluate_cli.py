@@ -56,9 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if choice.kind() == "extractive":
         for task in tasks:
             if task.reader != "hdscale.data.mrqa":
-                raise UserError(
-                    f"task {task.name}: an extractive checkpoint can only be evaluated on MRQA tasks"
-                )
+                raise UserError(f"task {task.name}: an extractive checkpoint can only be evaluated on MRQA tasks")
     folder = Path(args.output or (Path(args.run_folder) / "evaluation" if args.run_folder else "evaluation"))
     make_folder(folder)
     ranks = start_ranks(config, choice)
@@ -88,9 +86,7 @@ def tasks_of(args: argparse.Namespace, config: Config) -> list[Task]:
     elif args.run_folder is None:
         exported = Path(args.model) / "hdscale_config.json"
         if not exported.is_file():
-            raise UserError(
-                "say which tasks to evaluate on: --tasks rte,mnli (or a mixture: glue, mrqa, summ_nli)"
-            )
+            raise UserError("say which tasks to evaluate on: --tasks rte,mnli (or a mixture: glue, mrqa, summ_nli)")
         names = json.loads(exported.read_text()).get("tasks", [])
     tasks = expand_tasks(names, config.data)
     for task in tasks:
@@ -185,9 +181,7 @@ class ProgressBars:
         self.bar.update(self.tasks[name], completed=done)
 
 
-def report(
-    results: dict[str, SplitResult], tasks: list[Task], args: argparse.Namespace, folder: Path
-) -> None:
+def report(results: dict[str, SplitResult], tasks: list[Task], args: argparse.Namespace, folder: Path) -> None:
     """Write `results.<split>.json` and print the table."""
     metrics = {name: result.metrics for name, result in results.items()}
     found = averages(tasks, metrics)
@@ -218,9 +212,7 @@ def report(
     console = Console()
     console.print(table)
     splitters = {
-        result.notes["sentence_splitter"]
-        for result in results.values()
-        if "sentence_splitter" in result.notes
+        result.notes["sentence_splitter"] for result in results.values() if "sentence_splitter" in result.notes
     }
     if splitters:
         console.print(f"ROUGE-Lsum sentences by: {', '.join(sorted(splitters))}")

@@ -83,17 +83,13 @@ def windows_of(
             ]
             id = f"{question.id}#{number}"
             windows.append(Window(id, ids, encoded["token_type_ids"][number], offsets, question.context))
-            examples.append(
-                Example(question.source, question.target, task.name, id, question.references, question.id)
-            )
+            examples.append(Example(question.source, question.target, task.name, id, question.references, question.id))
     return Windows(windows), examples
 
 
 def shortened(text: str, tokenizer: Any, most: int) -> str:
     """The beginning of a question that would leave less than half of the window to the context."""
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-        "offset_mapping"
-    ]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return text if len(offsets) <= most else text[: offsets[most - 1][1]]
 
 
@@ -110,13 +106,9 @@ class SpanDecoder:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Window], numbers: Sequence[int]) -> list[Prediction]:
-        input_ids, attention_mask = pad(
-            [row.input_ids for row in rows], self.tokenizer.pad_token_id, self.model.device
-        )
+        input_ids, attention_mask = pad([row.input_ids for row in rows], self.tokenizer.pad_token_id, self.model.device)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if (
-            getattr(self.model.config, "type_vocab_size", 0) > 1
-        ):  # BERT's segments; RoBERTa and DistilBERT have none
+        if getattr(self.model.config, "type_vocab_size", 0) > 1:  # BERT's segments; RoBERTa and DistilBERT have none
             inputs["token_type_ids"] = pad([row.token_types for row in rows], 0, self.model.device)[0]
         found = self.model(**inputs)
         starts, ends = found.start_logits.float().cpu().numpy(), found.end_logits.float().cpu().numpy()
@@ -131,9 +123,7 @@ def best_span(window: Window, starts: np.ndarray, ends: np.ndarray) -> tuple[str
     """(text, tokens, score) of the likeliest span of context tokens, at most `MAX_ANSWER_TOKENS` long; empty
     without context.
     """
-    inside = [
-        place for place, offset in enumerate(window.offsets) if offset is not None and offset[0] < offset[1]
-    ]
+    inside = [place for place, offset in enumerate(window.offsets) if offset is not None and offset[0] < offset[1]]
     if not inside:
         return "", 0, float(starts[0] + ends[0])
     low, high = inside[0], inside[-1] + 1

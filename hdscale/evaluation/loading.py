@@ -86,8 +86,7 @@ class Choice:
             return "extractive"
         if not described.is_encoder_decoder:
             raise UserError(
-                f"--model {name}: a {described.model_type} model is neither sequence-to-sequence nor "
-                "extractive QA"
+                f"--model {name}: a {described.model_type} model is neither sequence-to-sequence nor extractive QA"
             )
         return "seq2seq"
 
@@ -103,9 +102,7 @@ class Choice:
         """
         self.check()
         device = self.torch_device
-        dtype = DTYPES[
-            self.dtype or (config.train.dtype if self.run else "bf16" if device.type == "cuda" else "fp32")
-        ]
+        dtype = DTYPES[self.dtype or (config.train.dtype if self.run else "bf16" if device.type == "cuda" else "fp32")]
         kind = self.kind()
         if kind == "run":
             return self._load_run(config, dtype, device)
@@ -154,9 +151,7 @@ class Choice:
                 model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False).to(device).eval()
         except (OSError, ValueError) as error:
             raise unreadable(name, error) from error
-        return Loaded(
-            model if extractive else Seq2Seq(model), tokenizer, {}, version_of(Path(name)), extractive
-        )
+        return Loaded(model if extractive else Seq2Seq(model), tokenizer, {}, version_of(Path(name)), extractive)
 
 
 def unreadable(name: str, error: Exception) -> UserError:
@@ -181,9 +176,7 @@ class Seq2Seq(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, task_ids: Tensor | None = None
     ) -> Tensor:
         """Summed token log-likelihood of the labels (-100 ignored), float32 [B]."""
-        logits = self.base(
-            input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False
-        ).logits
+        logits = self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).logits
         token = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
         return -token.sum(dim=1)
 

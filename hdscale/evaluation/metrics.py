@@ -31,9 +31,7 @@ lower end).
 OTHER = "<neither>"
 """The class of all predictions that are none of the task's labels."""
 
-_STRINGS = datasets.Features(
-    {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-)
+_STRINGS = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
 _MANY_REFERENCES = datasets.Features(
     {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
 )
@@ -102,9 +100,7 @@ class MacroF1(TextMetric):
         self, predictions: list[str], references: list[str], labels: Sequence[str] | None = None
     ) -> dict[str, float]:
         labels = list(labels) if labels else sorted(set(references))
-        value = sklearn_metrics.f1_score(
-            references, predictions, labels=labels, average="macro", zero_division=0.0
-        )
+        value = sklearn_metrics.f1_score(references, predictions, labels=labels, average="macro", zero_division=0.0)
         return {"macro_f1": 100 * float(value)}
 
 
@@ -164,9 +160,7 @@ class Rouge(TextMetric):
         sums = dict.fromkeys(names, 0.0)
         for predicted, gold in zip(predictions, references, strict=True):
             scores = whole.score_multi(gold, predicted)
-            scores |= summary.score_multi(
-                ["\n".join(split(text)) for text in gold], "\n".join(split(predicted))
-            )
+            scores |= summary.score_multi(["\n".join(split(text)) for text in gold], "\n".join(split(predicted)))
             for name in names:
                 sums[name] += scores[name].fmeasure
         return {name: 100 * total / len(predictions) for name, total in sums.items()}
@@ -219,14 +213,10 @@ def check_metrics(task: Any) -> None:
     if known is None:
         raise UserError(f"task {task.name}: unknown kind '{task.kind}'{nearest(str(task.kind), METRICS)}")
     if not task.metrics:
-        raise UserError(
-            f"task {task.name}: names no metric; known for kind '{task.kind}': {', '.join(known)}"
-        )
+        raise UserError(f"task {task.name}: names no metric; known for kind '{task.kind}': {', '.join(known)}")
     for name in task.metrics:
         if name not in known:
-            raise UserError(
-                f"task {task.name}: kind '{task.kind}' has no metric '{name}'{nearest(name, known)}"
-            )
+            raise UserError(f"task {task.name}: kind '{task.kind}' has no metric '{name}'{nearest(name, known)}")
         if known[name] is BinaryF1 and len(task.labels or ()) != 2:
             raise UserError(f"task {task.name}: metric f1 needs exactly two labels; use macro_f1 for more")
 
@@ -262,12 +252,8 @@ def compute_scores(task: Any, predictions: Sequence[str], examples: Sequence[Any
         notes["unreadable"] = unreadable
     values: dict[str, float] = {}
     for metric in dict.fromkeys(METRICS[task.kind][name] for name in task.metrics):
-        options = (
-            {"labels": list(task.labels)} if metric in (BinaryF1, MacroF1, Matthews) and task.labels else {}
-        )
-        references = [
-            gold_texts(example) if metric.many_references else example.target.strip() for example in examples
-        ]
+        options = {"labels": list(task.labels)} if metric in (BinaryF1, MacroF1, Matthews) and task.labels else {}
+        references = [gold_texts(example) if metric.many_references else example.target.strip() for example in examples]
         values |= metric().compute(predictions=predictions, references=references, **options)
         if metric is Rouge:
             notes["sentence_splitter"] = sentence_splitter()[0]

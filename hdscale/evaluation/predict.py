@@ -43,14 +43,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The model to use, the same for `predict` and `evaluate`."""
     # `args.run` is the function of the verb
     parser.add_argument("--run", dest="run_folder", metavar="DIR", help="folder of a finished run")
-    parser.add_argument(
-        "--model", metavar="DIR_OR_ID", help="export, or checkpoint folder or hub id of transformers"
-    )
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="export, or checkpoint folder or hub id of transformers")
     parser.add_argument("--tokenizer", metavar="DIR_OR_ID", help="default: the model's own")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="default: the run's; else bf16 on a GPU, fp32 on a CPU"
-    )
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: the run's; else bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="rows decoded at once")
     parser.add_argument(
         "overrides",
@@ -79,18 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input", required=True, metavar="FILE|-", help="JSON lines (.gz is unpacked); - is standard input"
     )
     parser.add_argument("--output", required=True, metavar="FILE|-", help="JSON lines; - is standard output")
-    parser.add_argument(
-        "--task", metavar="NAME", help="task of rows without a field `task`; default: free text"
-    )
+    parser.add_argument("--task", metavar="NAME", help="task of rows without a field `task`; default: free text")
     parser.add_argument(
         "--on-error",
         choices=["stop", "skip"],
         default="stop",
         help="rows that cannot be used (default: stop)",
     )
-    parser.add_argument(
-        "--scores", action="store_true", help="also write the log-likelihood of each prediction"
-    )
+    parser.add_argument("--scores", action="store_true", help="also write the log-likelihood of each prediction")
     parser.add_argument(
         "--window", type=positive, default=WINDOW, metavar="N", help=f"rows in memory at once ({WINDOW})"
     )
@@ -147,9 +139,7 @@ class Predictor:
         scored: also return log-likelihoods.
     """
 
-    def __init__(
-        self, loaded: Loaded, config: Config, batch_size: int | None = None, scored: bool = False
-    ) -> None:
+    def __init__(self, loaded: Loaded, config: Config, batch_size: int | None = None, scored: bool = False) -> None:
         self.loaded, self.config, self.scored = loaded, config, scored
         device = next(loaded.model.parameters()).device
         default = GPU_BATCH_SIZE if device.type == "cuda" else CPU_BATCH_SIZE
@@ -169,9 +159,9 @@ class Predictor:
         groups: dict[tuple[Any, ...], list[int]] = {}
         for place, (number, _) in enumerate(pieces):
             request = requests[number]
-            groups.setdefault(
-                (self.decoding(request.task), request.chunked, self.task_id(request.task)), []
-            ).append(place)
+            groups.setdefault((self.decoding(request.task), request.chunked, self.task_id(request.task)), []).append(
+                place
+            )
         found: list[Prediction | None] = [None] * len(pieces)
         for (decoding, chunked, task_id), places in groups.items():
             decoder = Decoder(
@@ -211,9 +201,7 @@ class Predictor:
         """How a task's rows are decoded; free text by `data.max_target_length` and `eval.num_beams`."""
         if task is None:
             return Decoding(self.config.data.max_target_length, self.config.eval.num_beams)
-        return task_decoding(
-            task, self.loaded.tokenizer, self.config.eval, self.config.data.max_target_length
-        )
+        return task_decoding(task, self.loaded.tokenizer, self.config.eval, self.config.data.max_target_length)
 
     def task_id(self, task: Task | None) -> int | None:
         """The task's id in the model; -1 for free text and for a task that it was not trained on."""
@@ -225,13 +213,9 @@ class Predictor:
         """One output row; the answers of a question's chunks become one."""
         best = parts[0]
         if request.chunked:
-            records = [
-                {"prediction": part.text, "score": part.score, "tokens": part.tokens} for part in parts
-            ]
+            records = [{"prediction": part.text, "score": part.score, "tokens": part.tokens} for part in parts]
             chosen = best_chunk(records, mean=self.config.eval.mrqa_score == "mean")
-            best = dataclasses.replace(
-                parts[chosen or 0], text="" if chosen is None else parts[chosen].text.strip()
-            )
+            best = dataclasses.replace(parts[chosen or 0], text="" if chosen is None else parts[chosen].text.strip())
         row: dict[str, Any] = {"line": request.line}
         if request.id is not None:
             row["id"] = request.id
@@ -247,9 +231,7 @@ def check_output(output: str, source: str) -> None:
         return
     path = Path(output)
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(
-            f"--output {output}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}"
-        )
+        raise UserError(f"--output {output}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}")
     if source != "-" and path.resolve() == Path(source).resolve():
         raise UserError(f"--output {output}: is the input too; give another name")
     try:
@@ -281,9 +263,7 @@ def writing(output: str) -> Iterator[IO[str]]:
     except UserError as error:
         raise UserError(f"{error} (predictions so far: {partial_path(path)})") from error
     except OSError as error:
-        raise UserError(
-            f"{partial_path(path)}: {error.strerror or error}; free some space and run again"
-        ) from error
+        raise UserError(f"{partial_path(path)}: {error.strerror or error}; free some space and run again") from error
     partial_path(path).replace(path)
 
 

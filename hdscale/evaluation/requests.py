@@ -84,9 +84,7 @@ def read_requests(
                 report(error)
     except (EOFError, OSError) as error:
         # a cut-off archive has no further rows: skipping cannot go past it
-        raise UserError(
-            f"input damaged or cut off after line {number} ({' '.join(str(error).split())})"
-        ) from error
+        raise UserError(f"input damaged or cut off after line {number} ({' '.join(str(error).split())})") from error
 
 
 def parse(number: int, raw: bytes, default: Task | None, find_task: Callable[[str], Task]) -> Request:
@@ -125,8 +123,7 @@ def source_of(task: Task | None, row: Mapping[str, Any], where: str) -> str | Qu
             if name in row:
                 return whole_text(row[name], name, where)
         raise UserError(
-            f"{where}: no field '{FREE_TEXT[0]}'{nearest(FREE_TEXT[0], row)}; or name a task by --task or in "
-            "'task'"
+            f"{where}: no field '{FREE_TEXT[0]}'{nearest(FREE_TEXT[0], row)}; or name a task by --task or in 'task'"
         )
     if task.reader == "hdscale.data.mrqa":
         record = {"qid": "", "answers": [], "question": row.get("question")}

@@ -15,8 +15,7 @@ class EvalSettings:
     test_limit: Optional[int] = setting(None, "at most so many test rows a task (for trial runs)")
     batch_size: Optional[int] = setting(
         None,
-        "rows of one evaluation batch; default: the largest power of two that fits, found once and stored "
-        "in the run",
+        "rows of one evaluation batch; default: the largest power of two that fits, found once and stored in the run",
     )
     select: str = setting(
         "average",

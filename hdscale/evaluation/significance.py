@@ -98,9 +98,7 @@ def check_runs(task: str, a: np.ndarray, b: np.ndarray, test: str) -> None:
             f"task {task}: {len(a)} and {len(b)} runs; a test needs at least 2 of each method (other seeds)"
         )
     if test in PAIRED and len(a) != len(b):
-        raise UserError(
-            f"task {task}: {len(a)} and {len(b)} runs; {test} pairs runs by seed: use welch or bootstrap"
-        )
+        raise UserError(f"task {task}: {len(a)} and {len(b)} runs; {test} pairs runs by seed: use welch or bootstrap")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise UserError(f"task {task}: a score is not a finite number")
 

@@ -122,7 +122,9 @@ def base_config(settings: ModelSettings) -> PretrainedConfig:
         return built_in_config(name)
     path = Path(name)
     if "/" not in name and not path.exists():
-        raise UserError(f"model.name: no built-in size, folder or hub id '{name}'{nearest(name, [*BUILT_IN, 'quickstart'])}")
+        raise UserError(
+            f"model.name: no built-in size, folder or hub id '{name}'{nearest(name, [*BUILT_IN, 'quickstart'])}"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"model.name: {path}/config.json is missing; the folder must hold a transformers checkpoint")
     try:

@@ -139,7 +139,11 @@ class AdaptedAttention:
             cache = past_key_values.cross_attention_cache if cross else past_key_values.self_attention_cache
 
         query = heads(project("q", hidden_states))
-        if cross and isinstance(past_key_values, EncoderDecoderCache) and past_key_values.is_updated.get(self.layer_idx):
+        if (
+            cross
+            and isinstance(past_key_values, EncoderDecoderCache)
+            and past_key_values.is_updated.get(self.layer_idx)
+        ):
             key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
         else:
             source = key_value_states if cross else hidden_states

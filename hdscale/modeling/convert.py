@@ -102,7 +102,9 @@ def convert_state(
             trainables[ours] = state[theirs].float()
         dim = 0
         if kind == "manual":
-            dim = state[BLOCK.format(side=side, layer=0, sub=FEED_FORWARD[side], direction="down", kind="weight")].shape[0]
+            dim = state[
+                BLOCK.format(side=side, layer=0, sub=FEED_FORWARD[side], direction="down", kind="weight")
+            ].shape[0]
         elif kind != "none":
             dim = state[f"{side}.param_gen.decoder.bias_down.weight"].shape[0]
             hypernet.bottleneck = state[f"{side}.param_gen.decoder.linear1.weight"].shape[0]
@@ -119,7 +121,9 @@ def convert_state(
         else:
             sides[side] = SideSettings(kind, dim, "layernorm" if normed_input else "hidden")
     if all(side.adapter == "none" for side in sides.values()):
-        raise UserError("the state dict holds no adapters of the released implementation (no 'adapter_layer' or 'param_gen')")
+        raise UserError(
+            "the state dict holds no adapters of the released implementation (no 'adapter_layer' or 'param_gen')"
+        )
     method = MethodSettings("hyperdecoder", sides["encoder"], sides["decoder"], hypernet)
     return HyperdecoderConfig(model, method, tasks or []), trainables
 
@@ -158,7 +162,9 @@ def run(args: argparse.Namespace) -> int:
     for name, shape in shapes.items():
         if name not in trainables or tuple(trainables[name].shape) != shape:
             found = list(trainables[name].shape) if name in trainables else "nothing"
-            raise UserError(f"{args.from_released}: {name} should be {list(shape)} for base '{args.model}', found {found}")
+            raise UserError(
+                f"{args.from_released}: {name} should be {list(shape)} for base '{args.model}', found {found}"
+            )
     save_pretrained(model, args.to, trainables)
     method = config.method
     print(

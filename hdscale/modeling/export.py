@@ -146,7 +146,9 @@ def load_trainables(model: AdaptedModel, folder: str | Path) -> None:
     if missing or unknown:
         raise UserError(
             f"{path}: tensors of another model: "
-            + "; ".join(f"{what} {names[:3]}" for what, names in (("lacks", missing), ("has unknown", unknown)) if names)
+            + "; ".join(
+                f"{what} {names[:3]}" for what, names in (("lacks", missing), ("has unknown", unknown)) if names
+            )
         )
     for name in wanted:
         if parameters[name].shape != tensors[name].shape:

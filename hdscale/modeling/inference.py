@@ -32,11 +32,15 @@ def encode(stack: nn.Module, input_ids: Tensor, attention_mask: Tensor, adaptati
     for layer, block in enumerate(stack.block):
         attention = block.layer[0].SelfAttention
         normed = block.layer[0].layer_norm(x)
-        query, key, value = (split_heads(attention, project(attention, "self", name, layer, normed, adaptation)) for name in "qkv")
+        query, key, value = (
+            split_heads(attention, project(attention, "self", name, layer, normed, adaptation)) for name in "qkv"
+        )
         seen, prefix = bias, None if adaptation is None else adaptation.prefix(layer)
         if prefix is not None:
             seen = F.pad(bias, (prefix[0].shape[2], 0))
-            key, value = (torch.cat([extra.to(own.dtype), own], dim=2) for extra, own in zip(prefix, (key, value), strict=True))
+            key, value = (
+                torch.cat([extra.to(own.dtype), own], dim=2) for extra, own in zip(prefix, (key, value), strict=True)
+            )
         mixed = merge_heads(attend(query, key, value, seen))
         x = x + self_attention_output(attention, layer, mixed, adaptation)
         x = add_feed_forward(block.layer[-1], layer, x, adaptation)
@@ -103,7 +107,9 @@ class TokenDecoder:
         """Keys and values [B, H, S, d_kv] of the source."""
         attention = self.stack.block[layer].layer[1].EncDecAttention
         key, value = (
-            split_heads(attention, project(attention, "cross", name, layer, hidden, self.adaptation)).to(self.kept).contiguous()
+            split_heads(attention, project(attention, "cross", name, layer, hidden, self.adaptation))
+            .to(self.kept)
+            .contiguous()
             for name in "kv"
         )
         return key, value
@@ -144,7 +150,8 @@ class TokenDecoder:
         attention, prefix = sub.SelfAttention, self.prefixes[layer]
         normed = sub.layer_norm(x)
         query, key, value = (
-            split_heads(attention, project(attention, "self", name, layer, normed, self.adaptation)).to(self.kept) for name in "qkv"
+            split_heads(attention, project(attention, "self", name, layer, normed, self.adaptation)).to(self.kept)
+            for name in "qkv"
         )
         place = prefix + self.decoded
         self.keys[layer][:, :, place] = key.squeeze(2)

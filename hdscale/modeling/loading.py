@@ -105,5 +105,7 @@ def place(base: nn.Module, names: list[str], tensor: torch.Tensor, file: Path) -
         module = base.get_submodule(module_name)
         expected = tuple(getattr(module, leaf).shape)
         if tuple(tensor.shape) != expected:
-            raise UserError(f"{file}: {name} has shape {tuple(tensor.shape)}, config.json says {expected}; fetch the checkpoint again")
+            raise UserError(
+                f"{file}: {name} has shape {tuple(tensor.shape)}, config.json says {expected}; fetch the checkpoint again"
+            )
         module.register_parameter(leaf, parameter)

@@ -161,5 +161,8 @@ class CachedLoraAdaptation(Adaptation):
 
     def select(self, rows: Tensor) -> CachedLoraAdaptation:
         return CachedLoraAdaptation(
-            [{key: tuple(part.index_select(0, rows) for part in update) for key, update in layer.items()} for layer in self.layers]
+            [
+                {key: tuple(part.index_select(0, rows) for part in update) for key, update in layer.items()}
+                for layer in self.layers
+            ]
         )

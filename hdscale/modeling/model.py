@@ -212,7 +212,12 @@ class AdaptedModel(nn.Module):
         return ids, self.log_likelihood(input_ids, attention_mask, labels, task_ids)
 
     def _greedy(
-        self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None, arguments: dict[str, Any], scored: bool
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        task_ids: Tensor | None,
+        arguments: dict[str, Any],
+        scored: bool,
     ) -> Decoded:
         encoded = self.encode(input_ids, attention_mask, task_ids)
         adaptation = encoded.adaptation.for_generation() if encoded.adaptation is not None else None

@@ -112,7 +112,12 @@ def block_mask_of(rows: Tensor) -> BlockMask:
     first, last = rows[starts], rows[(starts + BLOCK - 1).clamp(max=length - 1)]
     shared = (first[:, None] <= last) & (first <= last[:, None])
     # a block of one instance alone against another of the same needs no look at its tokens
-    whole = (first[:, None] == last) & (first == last[:, None]) & (starts + BLOCK <= length) & (starts[:, None] + BLOCK <= length)
+    whole = (
+        (first[:, None] == last)
+        & (first == last[:, None])
+        & (starts + BLOCK <= length)
+        & (starts[:, None] + BLOCK <= length)
+    )
 
     def listed(member: Tensor) -> tuple[Tensor, Tensor]:
         """Of each block of queries: how many blocks of keys are members, and their indices first."""

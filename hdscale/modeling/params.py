@@ -87,7 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from hdscale.cli import add_config_arguments
 
     add_config_arguments(parser, required=False)
-    parser.add_argument("--all", action="store_true", help="the percentage column of Tables 1-3, 13, 14 and 16, row by row")
+    parser.add_argument(
+        "--all", action="store_true", help="the percentage column of Tables 1-3, 13, 14 and 16, row by row"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -135,7 +137,13 @@ def print_paper_rows(as_json: bool) -> int:
         print(json.dumps(found, indent=2))
         return 0
     printed = Table(title="Trainable parameters, % of the fully fine-tuned base")
-    for header, justify in (("table", "left"), ("row", "left"), ("trainable", "right"), ("exact %", "right"), ("paper", "right")):
+    for header, justify in (
+        ("table", "left"),
+        ("row", "left"),
+        ("trainable", "right"),
+        ("exact %", "right"),
+        ("paper", "right"),
+    ):
         printed.add_column(header, justify=justify)
     notes: list[str] = []
     last = None
@@ -149,7 +157,11 @@ def print_paper_rows(as_json: bool) -> int:
             printed.add_section()
         paper = "" if row.percent is None else f"{row.percent:g}"
         printed.add_row(
-            "" if last == table.key else table.key, row.name, f"{count.trainable:,}", f"{count.percent:.3f}", escape(paper + mark)
+            "" if last == table.key else table.key,
+            row.name,
+            f"{count.trainable:,}",
+            f"{count.percent:.3f}",
+            escape(paper + mark),
         )
         last = table.key
     console = Console()

@@ -34,7 +34,9 @@ class SideSettings:
     adapter: str = setting("manual", "kind of adapter: none, manual, task or generated")
     dim: int = setting(64, "adapter size A (bottleneck of the adapter itself)")
     input: str = setting("hidden", "what the adapter reads: hidden (x, Eq. 2) or layernorm (LayerNorm(x), Table 9)")
-    form: str = setting("adapter", "what a task or generated side generates: adapter, lora, prefix, or several joined by +")
+    form: str = setting(
+        "adapter", "what a task or generated side generates: adapter, lora, prefix, or several joined by +"
+    )
     shared_layers: Optional[str] = setting(
         None, "layers of a task or generated side that have a learned adapter instead, such as 0-5,11"
     )
@@ -96,7 +98,9 @@ class HyperformerSettings:
 class HyperpromptSettings:
     """HyperPrompt (He et al. 2022b); sizes are guesses: see hdscale/modeling/methods/hyperprompt.py."""
 
-    variant: str = setting("global", "local hypernetworks: share (by the tasks), sep (own per task), global (generated)")
+    variant: str = setting(
+        "global", "local hypernetworks: share (by the tasks), sep (own per task), global (generated)"
+    )
     length: int = setting(16, "prompt vectors of a task")
     bottleneck: int = setting(32, "hidden size of the local hypernetworks")
     embedding: int = setting(64, "size of the embeddings of task and layer, and of their code")
@@ -124,4 +128,6 @@ class MethodSettings:
     hyperprompt: HyperpromptSettings = setting(HyperpromptSettings, "HyperPrompt")
     backend: str = setting("auto", "implementation of generated adapters: auto, cpp, cuda or torch")
     budget: Optional[str] = setting(None, "trainable share such as 2.9%: solves for the free size of the method")
-    solve: Optional[str] = setting(None, "size that the budget solves for, such as decoder.dim; default: the method's own")
+    solve: Optional[str] = setting(
+        None, "size that the budget solves for, such as decoder.dim; default: the method's own"
+    )

@@ -51,7 +51,11 @@ class AdaptedStack:
         x = self.embed_tokens(input_ids)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         length = input_ids.shape[1]
-        bias = self.block[0].layer[0].SelfAttention.compute_bias(length, seen + length, device=x.device, past_seen_tokens=seen)
+        bias = (
+            self.block[0]
+            .layer[0]
+            .SelfAttention.compute_bias(length, seen + length, device=x.device, past_seen_tokens=seen)
+        )
         cross_bias = None
         if self.is_decoder:
             position = torch.arange(seen + length, device=x.device)
@@ -62,7 +66,11 @@ class AdaptedStack:
         x = self.dropout(x)
         # nobody needs to add a causal mask to one that has it
         rest = {"past_key_values": past_key_values, "adaptation": adaptation, "is_causal": False}
-        if self.is_decoder and past_key_values is None and self._source_unprojected(length, encoder_hidden_states, adaptation):
+        if (
+            self.is_decoder
+            and past_key_values is None
+            and self._source_unprojected(length, encoder_hidden_states, adaptation)
+        ):
             rest["source_unprojected"] = True
         for block in self.block:
             x, _, _ = block(x, None, own, encoder_hidden_states, None, cross_bias, **rest)

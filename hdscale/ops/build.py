@@ -139,7 +139,9 @@ def load_kernels(backend: str) -> LoadedKernels:
         detail = name().decode()
     else:
         detail = "sm_" + ", sm_".join(arch.replace(".", "") for arch in cuda_architectures())
-    return LoadedKernels(library, f"{detail}, built in {record['seconds']:.0f} s by {record['compiler']}", record["seconds"])
+    return LoadedKernels(
+        library, f"{detail}, built in {record['seconds']:.0f} s by {record['compiler']}", record["seconds"]
+    )
 
 
 def _library_name(backend: str) -> str:

@@ -35,9 +35,7 @@ _WEIGHTS = "Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bi
 _LAYER = f"Tensor x, Tensor code, {_WEIGHTS}, Tensor hidden_bias, Tensor out_bias"
 
 _FORWARD = f"({_LAYER}) -> (Tensor y, Tensor hidden)"
-_BACKWARD = (
-    f"(Tensor dy, Tensor hidden, Tensor code, {_WEIGHTS}) -> (Tensor dx, Tensor dz, Tensor dhidden_bias)"
-)
+_BACKWARD = f"(Tensor dy, Tensor hidden, Tensor code, {_WEIGHTS}) -> (Tensor dx, Tensor dz, Tensor dhidden_bias)"
 _HEADS_BACKWARD = (
     "(Tensor[] x, Tensor[] dz, Tensor[] hidden, Tensor[] dy, Tensor code, Tensor down_weight, Tensor up_weight)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -162,7 +160,9 @@ def _tokens(code, down_weight, down_bias, up_weight, up_bias, length, adapter_si
 
 
 def _shared(x, code, down_weight, down_bias, up_weight, up_bias, hidden_bias, out_bias, tokens):
-    return forward_for(x, hidden_bias.shape[1])(x, code, down_weight, down_bias, up_weight, up_bias, hidden_bias, out_bias)
+    return forward_for(x, hidden_bias.shape[1])(
+        x, code, down_weight, down_bias, up_weight, up_bias, hidden_bias, out_bias
+    )
 
 
 for _name, _function in (
@@ -279,6 +279,7 @@ for _name, _gradient, _keep in (
     ("generated_adapter_shared", _shared_backward, _keep_shared),
 ):
     torch.library.register_autograd(f"hdscale::{_name}", _gradient, setup_context=_keep, lib=_LIBRARY)
+
 
 # Under autocast the operator computes in bfloat16, as a matrix product would; the generated biases stay float32.
 def _autocast_to_brain(name: str, key: str) -> None:

@@ -158,9 +158,7 @@ def judge(rng: random.Random, good: bool, topic: str) -> str:
     denied = f"was {rng.choice(words.DENIALS)} {rng.choice(other)}"
     claim = plain if rng.random() < 0.6 else denied
     against = (
-        f"was {rng.choice(other)}"
-        if rng.random() < 0.7
-        else f"was {rng.choice(words.DENIALS)} {rng.choice(mine)}"
+        f"was {rng.choice(other)}" if rng.random() < 0.7 else f"was {rng.choice(words.DENIALS)} {rng.choice(mine)}"
     )
     form = rng.randrange(7)
     if form <= 1:

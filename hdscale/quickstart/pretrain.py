@@ -192,7 +192,9 @@ def pretrain(
     model = fresh_model(len(tokenizer), seed)
     trainers = optimizers(model, learning_rate)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(trainer, lambda step: min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))))
+        torch.optim.lr_scheduler.LambdaLR(
+            trainer, lambda step: min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps)))
+        )
         for trainer in trainers
     ]
     stream = batches(pairs(tokenizer, seed), batch_size, random.Random(f"hdscale batches {seed}"))

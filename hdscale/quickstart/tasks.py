@@ -81,7 +81,8 @@ def rating(rng: random.Random, index: int) -> Row:
     rng.shuffle(opinions)
     parts = rng.sample(words.TOPICS[subject], RATED_PARTS)
     said = [
-        f"the {part} was {rng.choice(words.GOOD if good else words.BAD)}" for part, good in zip(parts, opinions, strict=True)
+        f"the {part} was {rng.choice(words.GOOD if good else words.BAD)}"
+        for part, good in zip(parts, opinions, strict=True)
     ]
     label = round_to_step(5.0 * favourable / RATED_PARTS, RATING_STEP)
     return {"sentence": f"Of the {subject}, {', '.join(said[:-1])} and {said[-1]}.", "label": label}

@@ -35,9 +35,7 @@ def train_tokenizer(seed: int | str, paragraphs: int = 20000, pieces: int = 1000
     The digits are kept out of sentencepiece's sample and added as pieces of their own, bare and after a
     space.
     """
-    text = (
-        re.sub(r"[0-9]+", " ", paragraph) for paragraph in islice(documents(f"{seed} tokenizer"), paragraphs)
-    )
+    text = (re.sub(r"[0-9]+", " ", paragraph) for paragraph in islice(documents(f"{seed} tokenizer"), paragraphs))
     sample = [*text, *[HEADINGS] * (paragraphs // 40)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -34,12 +34,10 @@ def _verb(group: str, *forms: str) -> Verb:
 
 
 WOMEN = (
-    "Mara Lena Nina Ines Greta Yuki Clara Edith Lucia Amina"
-    " Petra Sofia Ruth Hana Vera Zara Ilse Noor Tessa Wanda"
+    "Mara Lena Nina Ines Greta Yuki Clara Edith Lucia Amina Petra Sofia Ruth Hana Vera Zara Ilse Noor Tessa Wanda"
 ).split()
 MEN = (
-    "Tom Omar Felix Ravi Paulo Anton Samir Boris Hugo Jonas"
-    " Malik Ivan Diego Oscar Leon Emil Kofi Piet Rolf Yann"
+    "Tom Omar Felix Ravi Paulo Anton Samir Boris Hugo Jonas Malik Ivan Diego Oscar Leon Emil Kofi Piet Rolf Yann"
 ).split()
 PEOPLE = WOMEN + MEN
 
@@ -73,9 +71,7 @@ NOUNS = (
     _noun("document", "novel", "book"),
     _noun("document", "ticket"),
 )
-KINDS = {
-    kind: [noun for noun in NOUNS if noun.kind == kind] for kind in dict.fromkeys(noun.kind for noun in NOUNS)
-}
+KINDS = {kind: [noun for noun in NOUNS if noun.kind == kind] for kind in dict.fromkeys(noun.kind for noun in NOUNS)}
 KIND_PLURALS = {kind: {"dish": "dishes"}.get(kind, kind + "s") for kind in KINDS}
 
 VERBS = (
@@ -96,8 +92,7 @@ VERBS = (
     _verb("move", "lift lifted lifted", "raise raised raised"),
 )
 VERB_GROUPS = {
-    group: [verb for verb in VERBS if verb.group == group]
-    for group in dict.fromkeys(verb.group for verb in VERBS)
+    group: [verb for verb in VERBS if verb.group == group] for group in dict.fromkeys(verb.group for verb in VERBS)
 }
 
 COLOURS = "red blue green yellow black white brown grey".split()

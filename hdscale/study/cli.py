@@ -101,7 +101,9 @@ def run_here(study: Study, store: Store, parallel: int) -> int:
     console = Console()
     if console.is_terminal:
         with Live(status_table(store), console=console, refresh_per_second=2) as live:
-            runner = LocalRunner(study, store, parallel, say=console.print, tick=lambda: live.update(status_table(store)))
+            runner = LocalRunner(
+                study, store, parallel, say=console.print, tick=lambda: live.update(status_table(store))
+            )
             code = runner.run()
     else:
         code = LocalRunner(study, store, parallel, say=lambda text: print(text, flush=True)).run()

@@ -92,7 +92,9 @@ class Communication:
         return self.gradients + self.weights + self.gathered
 
 
-def communication(trainable: int, frozen_bytes: float, work: Work, sharding: Sharding, micro_batches: int) -> Communication:
+def communication(
+    trainable: int, frozen_bytes: float, work: Work, sharding: Sharding, micro_batches: int
+) -> Communication:
     """What a step communicates.
 
     Gradients travel in float32. ZeRO-1 reduces them once a step, ZeRO-2 and 3 after each micro-batch; the new weights

@@ -54,12 +54,16 @@ TRAINABLE = Quantity("trainables", "trainable parameters", "n", lambda row: row.
 SAMPLES = Quantity("data", "training rows seen", "D", lambda row: row.samples)
 FLOPS = Quantity("compute", "training compute (FLOP)", "C", lambda row: row.flops)
 TASKS = Quantity("number of tasks", "tasks", "k", lambda row: row.tasks)
-COMMON = Quantity("error on common tasks", "test error on the tasks of all runs (points)", "e", lambda row: row.common_error)
+COMMON = Quantity(
+    "error on common tasks", "test error on the tasks of all runs (points)", "e", lambda row: row.common_error
+)
 LOSS = Quantity("loss", "training loss at the end (nats per token)", "L", lambda row: row.loss)
 ERROR = Quantity("error", "test error, 100 - average score (points)", "e", lambda row: row.error)
 
 
-def scaling(rows: Sequence[Row], x: Quantity, y: Quantity, group: Callable[[Row], str], unit: str = "") -> Picture | None:
+def scaling(
+    rows: Sequence[Row], x: Quantity, y: Quantity, group: Callable[[Row], str], unit: str = ""
+) -> Picture | None:
     """y against x on logarithmic axes, a colour a group, with a power law for each group that can carry one.
 
     Returns:
@@ -131,7 +135,9 @@ def interval(ends: tuple[float | None, float | None]) -> str:
     return f"[{'-∞' if low is None else f'{low:.3g}'}, {'∞' if high is None else f'{high:.3g}'}]"
 
 
-def against_plan(rows: Sequence[Row], measured: str, planned: str, label: str, title: str, group: Callable[[Row], str]) -> Picture | None:
+def against_plan(
+    rows: Sequence[Row], measured: str, planned: str, label: str, title: str, group: Callable[[Row], str]
+) -> Picture | None:
     """A measured quantity against model size, filled, with the plan's prediction, hollow."""
     points = [(row, getattr(row, measured), getattr(row, planned)) for row in rows]
     points = [(row, value, plan) for row, value, plan in points if value and row.parameters > 0]
@@ -147,7 +153,14 @@ def against_plan(rows: Sequence[Row], measured: str, planned: str, label: str, t
         axes.plot(xs, [value for _, value, _ in own], marker, color=colour, markersize=6, alpha=0.75, linestyle="none")
         planned_points = sorted({(x, plan) for x, (_, _, plan) in zip(xs, own, strict=True) if plan})
         if planned_points:
-            axes.plot(*zip(*planned_points, strict=True), marker, color=colour, markersize=9, markerfacecolor="none", linestyle=":")
+            axes.plot(
+                *zip(*planned_points, strict=True),
+                marker,
+                color=colour,
+                markersize=9,
+                markerfacecolor="none",
+                linestyle=":",
+            )
             ratios += [value / plan for _, value, plan in own if plan]
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -161,7 +174,9 @@ def against_plan(rows: Sequence[Row], measured: str, planned: str, label: str, t
     if ratios:
         handles.append(Line2D([], [], color="#555555", marker="o", markerfacecolor="none", linestyle=":"))
         labels.append("plan")
-        notes.append(f"measured over planned: {min(ratios):.2f} to {max(ratios):.2f}, median {float(np.median(ratios)):.2f}")
+        notes.append(
+            f"measured over planned: {min(ratios):.2f} to {max(ratios):.2f}, median {float(np.median(ratios)):.2f}"
+        )
     legend(figure, axes, handles, labels)
     return Picture(f"{measured}_by_model_size", title, figure, notes)
 

@@ -155,11 +155,15 @@ def check_points(x: Sequence[float], y: Sequence[float], form: str) -> tuple[np.
         raise FitRefused(f"fit: {x_array.size} values of x for {y_array.size} of y; give one for each run")
     both = np.concatenate([x_array, y_array])
     if not (np.isfinite(both).all() and (both > 0).all()):
-        raise FitRefused("fit: every x and y must be a positive number; leave out runs without a score or without error")
+        raise FitRefused(
+            "fit: every x and y must be a positive number; leave out runs without a score or without error"
+        )
     sizes = len(set(x_array))
     if sizes < sizes_needed(form):
         names = " and ".join(FORMS[form])
-        raise FitRefused(f"too few sizes to fit: {sizes} distinct, and {names} need at least {sizes_needed(form)}; add sizes to the study")
+        raise FitRefused(
+            f"too few sizes to fit: {sizes} distinct, and {names} need at least {sizes_needed(form)}; add sizes to the study"
+        )
     span = x_array.max() / x_array.min()
     if span < SMALLEST_SPAN:
         raise FitRefused(
@@ -354,7 +358,9 @@ def profile_interval(
     return ends[0], ends[1]
 
 
-def follow(log_x: np.ndarray, log_y: np.ndarray, start: np.ndarray, form: str, held: int) -> tuple[np.ndarray, np.ndarray]:
+def follow(
+    log_x: np.ndarray, log_y: np.ndarray, start: np.ndarray, form: str, held: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Profile fits along a path of held values, each from the estimate and again from its neighbour's fit."""
     samples = np.tile(log_y, (len(start), 1))
     theta, rss = refit(log_x, samples, start, form, held=held)

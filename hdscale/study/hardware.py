@@ -37,7 +37,9 @@ DEVICES = {
     "h200": Device("NVIDIA H200 141GB", 139.8 * GIB, 989e12, 494e12, 4.8e12, 450e9, 50e9),
     "l40s": Device("NVIDIA L40S 48GB", 44.4 * GIB, 362e12, 183e12, 0.864e12, 32e9, 25e9),
     "a6000": Device("NVIDIA RTX A6000 48GB", 47.4 * GIB, 155e12, 77e12, 0.768e12, 32e9, 12e9),
-    "v100-32gb": Device("NVIDIA V100 32GB (no bf16: computed in fp32)", 31.7 * GIB, 15.7e12, 15.7e12, 0.9e12, 150e9, 12e9),
+    "v100-32gb": Device(
+        "NVIDIA V100 32GB (no bf16: computed in fp32)", 31.7 * GIB, 15.7e12, 15.7e12, 0.9e12, 150e9, 12e9
+    ),
 }
 
 

@@ -202,7 +202,9 @@ class LocalRunner:
                 slot.process.wait()
             code = slot.process.returncode
             # being stopped is no failure of the run's, whatever state it was in
-            self.store.note(slot.run.name, "end", code=EXIT_DONE if code == EXIT_DONE else EXIT_PREEMPTED, note="stopped")
+            self.store.note(
+                slot.run.name, "end", code=EXIT_DONE if code == EXIT_DONE else EXIT_PREEMPTED, note="stopped"
+            )
         return EXIT_PREEMPTED
 
 

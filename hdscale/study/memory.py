@@ -312,7 +312,9 @@ def decoder_activations(base: Architecture, work: Work) -> tuple[float, float]:
     """(bytes kept by the decoder, with one block's where they are recomputed; bytes of generated adapters kept)."""
     e = work.dtype_bytes
     rows, sources = work.rows * work.target, work.rows * work.source
-    attentions = attention_bytes(rows, rows, rows * work.target, base, work) + cross_attention_bytes(rows, sources, base, work)
+    attentions = attention_bytes(rows, rows, rows * work.target, base, work) + cross_attention_bytes(
+        rows, sources, base, work
+    )
     block = (
         3 * norm_bytes(rows, base, work)
         + attentions

@@ -124,7 +124,11 @@ def counted(config: Config) -> tuple[Any, dict[str, tuple[str, int]], int]:
             # other methods: as many activations as an adapter of the size that their trainables would make
             kind = "manual"
         sides[name] = (kind, 0 if kind == "none" else side.dim)
-    heads = sum(parameter.numel() for name, parameter in model.method.named_parameters() if name.startswith("decoder.") and ".adapter_heads." in name)
+    heads = sum(
+        parameter.numel()
+        for name, parameter in model.method.named_parameters()
+        if name.startswith("decoder.") and ".adapter_heads." in name
+    )
     return count, sides, heads
 
 
@@ -193,7 +197,9 @@ def make_plan(config: Config, gpu: Device, gpus: int, efficiency: float = comput
                 "which the time below does not count"
             )
         if checkpointing != asked:
-            advice.append(f"activations are recomputed (model.activation_checkpointing={checkpointing}): one row would not fit else")
+            advice.append(
+                f"activations are recomputed (model.activation_checkpointing={checkpointing}): one row would not fit else"
+            )
     accumulation = math.ceil(share / rows)
     rows = math.ceil(share / accumulation)
     chosen = memory(rows, stage, offload, checkpointing)
@@ -283,7 +289,9 @@ def full_rows(config: Config, split: str) -> int | None:
     return total
 
 
-def evaluation_hours(config: Config, base: Architecture, flops: Flops, gpu: Device, gpus: int, efficiency: float, steps: int | None) -> float | None:
+def evaluation_hours(
+    config: Config, base: Architecture, flops: Flops, gpu: Device, gpus: int, efficiency: float, steps: int | None
+) -> float | None:
     """Hours of all evaluations: encoder's pass and greedy decoding to the longest target, an upper bound for labels."""
     rows, test = full_rows(config, "validation"), full_rows(config, "test")
     if rows is None or test is None or steps is None:
@@ -327,7 +335,9 @@ def command_of(config: Config, plan: Plan, gpu: Device) -> str:
     else:
         settings.append("deepspeed=YOURS.json")
         offload = " with offload_optimizer" if plan.offload else ""
-        plan.advice.append(f"no JSON of ZeRO-{plan.stage}{offload} in {config.train.dtype} ships: copy the nearest of ds_configs/ to YOURS.json")
+        plan.advice.append(
+            f"no JSON of ZeRO-{plan.stage}{offload} in {config.train.dtype} ships: copy the nearest of ds_configs/ to YOURS.json"
+        )
     if plan.checkpointing != config.model.activation_checkpointing:
         settings.append(f"model.activation_checkpointing={plan.checkpointing}")
     if plan.gpus <= gpu.gpus_per_node:
@@ -349,8 +359,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser, required=False)
     parser.add_argument("--gpu", default="a100-80gb", help=f"one of {', '.join(DEVICES)} (default: a100-80gb)")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all (default: 1)")
-    parser.add_argument("--efficiency", type=float, default=compute.EFFICIENCY, help="assumed share of the GPU's dense peak (default: 0.35)")
-    parser.add_argument("--sizes", action="store_true", help="which sizes fit one A100-40, one A100-80 and eight of them")
+    parser.add_argument(
+        "--efficiency",
+        type=float,
+        default=compute.EFFICIENCY,
+        help="assumed share of the GPU's dense peak (default: 0.35)",
+    )
+    parser.add_argument(
+        "--sizes", action="store_true", help="which sizes fit one A100-40, one A100-80 and eight of them"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -371,7 +388,11 @@ def run(args: argparse.Namespace) -> int:
     plan.command = plan.command.replace("FILE", " ".join([args.config, *args.overrides]))
     if args.json:
         tree = asdict(plan)
-        tree["memory"] |= {"peak": plan.memory.peak, "moment": plan.memory.moment, "moments": plan.memory.moments_of_peak}
+        tree["memory"] |= {
+            "peak": plan.memory.peak,
+            "moment": plan.memory.moment,
+            "moments": plan.memory.moments_of_peak,
+        }
         print(json.dumps(tree, indent=2))
         return EXIT_DONE
     print_plan(plan, config)

@@ -70,7 +70,9 @@ def print_plan(plan: Plan, config: Config) -> None:
     for one, peak in plan.memory_other_checkpointing.items():
         console.print(f"with activation_checkpointing={one}: {gb(peak)}")
     kept = plan.generated_by_backend
-    console.print(f"generated adapters kept by the torch backend: {gb(kept['torch'])}; by the compiled ones: {gb(kept['cuda'])}")
+    console.print(
+        f"generated adapters kept by the torch backend: {gb(kept['torch'])}; by the compiled ones: {gb(kept['cuda'])}"
+    )
     host = f"host memory: {gb(plan.loading_host)} a rank while loading, beside the checkpoint's pages, which the ranks share"
     if plan.offload:
         host += f"; {gb(memory.host)} a rank for the offloaded optimizer"
@@ -89,7 +91,11 @@ def print_plan(plan: Plan, config: Config) -> None:
     if plan.training_hours is None:
         console.print("a run: its length is unknown before the data are read (train.epochs)")
     else:
-        evaluation = "unknown (the data are not the paper's)" if plan.evaluation_hours is None else f"{plan.evaluation_hours:.2f} h"
+        evaluation = (
+            "unknown (the data are not the paper's)"
+            if plan.evaluation_hours is None
+            else f"{plan.evaluation_hours:.2f} h"
+        )
         console.print(
             f"a run of {plan.steps:,} steps: {plan.training_hours:.2f} h of training, evaluation {evaluation}; "
             f"{plan.gpu_hours:.2f} GPU-hours. Every row counted at its greatest length: padding-free batches take less"
@@ -121,7 +127,9 @@ def print_sizes(config: Config, efficiency: float, as_json: bool) -> int:
 
     rows = []
     for size in SIZES:
-        sized = dataclasses.replace(config, model=dataclasses.replace(config.model, name=f"t5-v1_1-{size}", revision=None))
+        sized = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, name=f"t5-v1_1-{size}", revision=None)
+        )
         for gpu, gpus in MACHINES:
             plan = make_plan(sized, DEVICES[gpu], gpus, efficiency)
             rows.append(

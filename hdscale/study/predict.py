@@ -36,7 +36,14 @@ def predict_run(config: dict[str, Any], results: dict[str, Any]) -> dict[str, fl
         found["planned_samples_per_second"] = ranks / seconds
         count, sides, heads = counted(whole)
         rows = rows_of_a_pass(whole, ranks)
-        memory = step_memory(architecture(whole), work_of(whole, rows, "cuda", sides), Sharding(ranks, 2), count.base, count.trainable, heads)
+        memory = step_memory(
+            architecture(whole),
+            work_of(whole, rows, "cuda", sides),
+            Sharding(ranks, 2),
+            count.base,
+            count.trainable,
+            heads,
+        )
         found["planned_memory_gb"] = (memory.peak - memory.workspace) / 1e9
     return found
 

@@ -120,11 +120,20 @@ def draw(rows: list[Row], runs: dict[str, dict]) -> tuple[list[Picture], list[st
     wanted.append(
         (
             "memory against model size",
-            figures.against_plan(rows, "memory_gb", "planned_memory_gb", "memory of a rank (GB)", "Memory against model size", group(sizes)),
+            figures.against_plan(
+                rows,
+                "memory_gb",
+                "planned_memory_gb",
+                "memory of a rank (GB)",
+                "Memory against model size",
+                group(sizes),
+            ),
         )
     )
     if methods:
-        wanted.append(("methods side by side", figures.side_by_side(rows, group(methods), lambda r: by_axes(r, methods))))
+        wanted.append(
+            ("methods side by side", figures.side_by_side(rows, group(methods), lambda r: by_axes(r, methods)))
+        )
     wanted.append(("Pareto front", figures.pareto_front(rows, group([]))))
     pictures = [picture for _, picture in wanted if picture is not None]
     missing = [name for name, picture in wanted if picture is None]
@@ -174,7 +183,9 @@ def page_of(
             + f'<p class="quiet"><a href="{picture.name}.png">{picture.name}.png</a></p>'
         )
     if missing:
-        parts.append(f'<p class="quiet">Not drawn, since this study does not vary or record it: {html.escape(", ".join(missing))}.</p>')
+        parts.append(
+            f'<p class="quiet">Not drawn, since this study does not vary or record it: {html.escape(", ".join(missing))}.</p>'
+        )
     parts += ["<h2>Runs</h2>", table_of(found, rows), "</body></html>"]
     return "\n".join(parts) + "\n"
 

@@ -156,7 +156,9 @@ def seed_axes(moved: dict[str, set[str]]) -> list[str]:
 
 def budget_axes(moved: dict[str, set[str]]) -> list[str]:
     """Axes that move the sizes of one method, not the method."""
-    return [axis for axis, keys in moved.items() if "method.name" not in keys and any(k.startswith("method.") for k in keys)]
+    return [
+        axis for axis, keys in moved.items() if "method.name" not in keys and any(k.startswith("method.") for k in keys)
+    ]
 
 
 def write_csv(rows: list[Row], path: Path) -> None:

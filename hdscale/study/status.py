@@ -26,7 +26,9 @@ def statuses(store: Store) -> dict[str, RunStatus]:
         config = run["config"]
         status = store.status(name, 0 if config.get("train.epochs") else int(config["train.max_steps"]))
         if name in queued and status.state != "done":
-            status = RunStatus(queued[name], status.step, status.max_steps, status.failures, status.loss, status.seconds)
+            status = RunStatus(
+                queued[name], status.step, status.max_steps, status.failures, status.loss, status.seconds
+            )
         found[name] = status
     return found
 

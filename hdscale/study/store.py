@@ -100,7 +100,9 @@ class Store:
             shutil.copyfile(study.file, self.own / "study.yaml")
             write_json(self.record, description(study))
         except OSError as error:
-            raise UserError(f"cannot write to {self.own} ({error.strerror}); set dir in {study.file}, or mend its permissions") from error
+            raise UserError(
+                f"cannot write to {self.own} ({error.strerror}); set dir in {study.file}, or mend its permissions"
+            ) from error
 
     def read(self) -> dict[str, Any]:
         """`study.json`.
@@ -114,9 +116,13 @@ class Store:
                 raise UserError(f"{self.record} has format {tree['format']}, this hdscale reads {FORMAT}")
             return tree
         except FileNotFoundError:
-            raise UserError(f"{self.folder} holds no study ({self.record} is missing); start it with hdscale study FILE") from None
+            raise UserError(
+                f"{self.folder} holds no study ({self.record} is missing); start it with hdscale study FILE"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.record} is damaged ({error}); remove it and start the study again: no run is lost") from error
+            raise UserError(
+                f"{self.record} is damaged ({error}); remove it and start the study again: no run is lost"
+            ) from error
 
     def _check_same(self, study: Study, before: dict[str, Any], extend: bool) -> None:
         old, new = before["runs"], description(study)["runs"]
@@ -131,7 +137,9 @@ class Store:
             return
         only_added = len(told) == len(added) and not extend
         finished = sum(self.status(name, 0).state == "done" for name in old)
-        remedy = "--extend adds the new runs" if only_added else "give the changed study another name, or undo the change"
+        remedy = (
+            "--extend adds the new runs" if only_added else "give the changed study another name, or undo the change"
+        )
         more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
         raise UserError(
             f"{study.file} differs from the study in {self.folder} ({finished} of {len(old)} runs are done): "

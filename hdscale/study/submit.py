@@ -57,7 +57,9 @@ def by_cluster(runs: list[Run]) -> list[list[Run]]:
     """Runs grouped by their cluster settings: the jobs of an array are alike."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(dataclasses.asdict(run.config.cluster), sort_keys=True, default=str), []).append(run)
+        groups.setdefault(json.dumps(dataclasses.asdict(run.config.cluster), sort_keys=True, default=str), []).append(
+            run
+        )
     return list(groups.values())
 
 
@@ -83,7 +85,11 @@ def live_runs(store: Store) -> dict[str, str]:
         live = live_jobs(record)
         for index, entry in enumerate(record.runs):
             job = record.job_of(index)
-            state = live.get(job) or live.get(f"{record.job}_*") or (live.get(record.job) if len(record.runs) == 1 else None)
+            state = (
+                live.get(job)
+                or live.get(f"{record.job}_*")
+                or (live.get(record.job) if len(record.runs) == 1 else None)
+            )
             if state:
                 found[entry.name] = "running" if state == "RUNNING" else "queued"
     return found

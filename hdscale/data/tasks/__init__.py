@@ -55,9 +55,7 @@ def registry(settings: DataSettings | None = None) -> tuple[dict[str, Task], dic
     built_in = {*tasks, *mixtures}
     for name, declaration in settings.custom.items():
         if name in built_in:
-            raise UserError(
-                f"data.custom.{name}: the package has a task or mixture of this name; choose another"
-            )
+            raise UserError(f"data.custom.{name}: the package has a task or mixture of this name; choose another")
         if not isinstance(declaration, Mapping):
             raise UserError(f"data.custom.{name} must be a mapping (docs/tasks.md), not {declaration!r}")
         tasks[name] = task_from_mapping({**declaration, "name": name})
@@ -91,9 +89,7 @@ def get_task(task: str | Mapping[str, Any] | Task, settings: DataSettings | None
     return tasks[task]
 
 
-def expand_tasks(
-    items: Iterable[str | Mapping[str, Any] | Task], settings: DataSettings | None = None
-) -> list[Task]:
+def expand_tasks(items: Iterable[str | Mapping[str, Any] | Task], settings: DataSettings | None = None) -> list[Task]:
     """The tasks of `data.tasks`, in order and each once, mixtures replaced by their members.
 
     Raises:

@@ -37,8 +37,7 @@ def task_from_mapping(declaration: Mapping[str, Any], name: str | None = None) -
     name = str(declaration.get("name", name or ""))
     if not name or "/" in name or name.startswith("."):
         raise UserError(
-            f"data: a task's name must be a word that can name a file, not '{name}'; give it by 'name: "
-            "my_task'"
+            f"data: a task's name must be a word that can name a file, not '{name}'; give it by 'name: my_task'"
         )
     where = f"task {name}"
     for key in declaration:
@@ -46,9 +45,7 @@ def task_from_mapping(declaration: Mapping[str, Any], name: str | None = None) -
             raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), KEYS)}")
     for key in ("kind", "source"):
         if not isinstance(declaration.get(key), str):
-            raise UserError(
-                f"{where}: '{key}' is missing or no text; see docs/tasks.md for an example of each kind"
-            )
+            raise UserError(f"{where}: '{key}' is missing or no text; see docs/tasks.md for an example of each kind")
     kind = declaration["kind"]
     if kind not in KINDS:
         raise UserError(f"{where}: unknown kind '{kind}'{nearest(kind, KINDS)}")
@@ -66,8 +63,7 @@ def task_from_mapping(declaration: Mapping[str, Any], name: str | None = None) -
     target, references = declaration.get("target", ""), declaration.get("references")
     if not target and not references:
         raise UserError(
-            f"{where}: 'target' is missing: a template such as '{{answer}}' (or 'references', a column of "
-            "texts)"
+            f"{where}: 'target' is missing: a template such as '{{answer}}' (or 'references', a column of texts)"
         )
     task = Task(
         name=name,
@@ -106,9 +102,7 @@ def read_files(declaration: Mapping[str, Any], where: str) -> dict[str, tuple[st
     """{split: paths} of the key `files`, whose values are a path or a list of paths."""
     declared = declaration.get("files") or {}
     if not isinstance(declared, Mapping):
-        raise UserError(
-            f"{where}: 'files' must map splits to files: {{train: FILE, validation: FILE, test: FILE}}"
-        )
+        raise UserError(f"{where}: 'files' must map splits to files: {{train: FILE, validation: FILE, test: FILE}}")
     files: dict[str, tuple[str, ...]] = {}
     for split, paths in declared.items():
         chosen = texts(declared, split, where)
@@ -131,8 +125,7 @@ def read_splits(declaration: Mapping[str, Any], origins: list[str], where: str) 
         unknown = [origin for origin in origins if origin not in SPLITS]
         if unknown:
             raise UserError(
-                f"{where}: split '{unknown[0]}'{nearest(unknown[0], SPLITS)} (or say under 'splits' what it "
-                "is)"
+                f"{where}: split '{unknown[0]}'{nearest(unknown[0], SPLITS)} (or say under 'splits' what it is)"
             )
         return {split: SplitRule((split,)) for split in SPLITS if split in origins}
     if not isinstance(declared, Mapping) or not declared:
@@ -145,35 +138,27 @@ def read_splits(declaration: Mapping[str, Any], origins: list[str], where: str) 
         for key in rule:
             if key not in ("from", "part", "rows", "seed"):
                 raise UserError(
-                    f"{where}: splits.{split}: unknown key "
-                    f"'{key}'{nearest(str(key), ['from', 'part', 'rows', 'seed'])}"
+                    f"{where}: splits.{split}: unknown key '{key}'{nearest(str(key), ['from', 'part', 'rows', 'seed'])}"
                 )
         sources = texts(rule, "from", f"{where}: splits.{split}") or (split,)
         if declaration.get("files"):
             for source in sources:
                 if source not in origins:
                     raise UserError(
-                        f"{where}: splits.{split} reads from '{source}', which 'files' "
-                        f"lacks{nearest(source, origins)}"
+                        f"{where}: splits.{split} reads from '{source}', which 'files' lacks{nearest(source, origins)}"
                     )
         part = rule.get("part", "all")
         if part not in SplitRule.PARTS:
-            raise UserError(
-                f"{where}: splits.{split}: unknown part '{part}'{nearest(str(part), SplitRule.PARTS)}"
-            )
+            raise UserError(f"{where}: splits.{split}: unknown part '{part}'{nearest(str(part), SplitRule.PARTS)}")
         numbers = {key: rule[key] for key in ("rows", "seed") if key in rule}
         for key, value in numbers.items():
             if not isinstance(value, int) or value < (1 if key == "rows" else 0):
-                raise UserError(
-                    f"{where}: splits.{split}.{key} must be a positive whole number, not {value!r}"
-                )
+                raise UserError(f"{where}: splits.{split}.{key} must be a positive whole number, not {value!r}")
         rules[split] = SplitRule(sources, part, **numbers)
     return rules
 
 
-def read_labels(
-    declaration: Mapping[str, Any], kind: str, where: str
-) -> tuple[tuple[str, ...], dict[str, str] | None]:
+def read_labels(declaration: Mapping[str, Any], kind: str, where: str) -> tuple[tuple[str, ...], dict[str, str] | None]:
     """(target texts, map from the data's values or None) of the key `labels`: a list, or {value: target
     text}."""
     declared = declaration.get("labels")
@@ -186,9 +171,7 @@ def read_labels(
         return tuple(dict.fromkeys(mapped.values())), mapped
     labels = () if isinstance(declared, Mapping) else texts(declaration, "labels", where)
     if not labels:
-        raise UserError(
-            f"{where}: a label task needs 'labels': [negative, positive], or {{0: negative, 1: positive}}"
-        )
+        raise UserError(f"{where}: a label task needs 'labels': [negative, positive], or {{0: negative, 1: positive}}")
     if len(set(labels)) != len(labels):
         raise UserError(f"{where}: 'labels' names one twice: {', '.join(labels)}")
     return labels, None

@@ -56,9 +56,7 @@ def tasks(settings: DataSettings) -> list[Task]:
         ),
         glue("mrpc", PAIR, HALVED, ("accuracy", "f1")),
         replace(
-            glue(
-                "qqp", "{name} question1: {{question1}} question2: {{question2}}", CARVED, ("accuracy", "f1")
-            ),
+            glue("qqp", "{name} question1: {{question1}} question2: {{question2}}", CARVED, ("accuracy", "f1")),
             # the official files hold a few pairs with one question missing; Table 10 counts them
             may_be_empty=("question1", "question2"),
         ),
@@ -75,14 +73,10 @@ def tasks(settings: DataSettings) -> list[Task]:
     if settings.mnli_test == "mismatched":
         validation, test = TABLE_10["mnli"]["test"], TABLE_10["mnli"]["validation"]
         declared = [
-            replace(task, sizes={**task.sizes, "validation": validation, "test": test})
-            if task.name == "mnli"
-            else task
+            replace(task, sizes={**task.sizes, "validation": validation, "test": test}) if task.name == "mnli" else task
             for task in declared
         ]
-    return (
-        [dev(task, settings.mnli_test) for task in declared] if settings.glue_protocol == "dev" else declared
-    )
+    return [dev(task, settings.mnli_test) for task in declared] if settings.glue_protocol == "dev" else declared
 
 
 def glue(

@@ -208,17 +208,11 @@ class Task:
             if text not in self.labels:
                 known = ", ".join(self.label_map or self.labels)
                 hint = "; a split whose labels are hidden cannot be used" if target == "-1" else ""
-                raise UserError(
-                    f"{where}: label '{target}' is none of the labels of task {self.name} ({known}){hint}"
-                )
+                raise UserError(f"{where}: label '{target}' is none of the labels of task {self.name} ({known}){hint}")
             return text
         if self.kind == "number":
             return self.number_text(target, where)
-        if (
-            self.kind == "text"
-            and not target.strip()
-            and not set(fields(self.target)) & set(self.may_be_empty)
-        ):
+        if self.kind == "text" and not target.strip() and not set(fields(self.target)) & set(self.may_be_empty):
             raise UserError(f"{where}: the target of task {self.name} is empty; fill or remove the row")
         return target
 
@@ -232,9 +226,7 @@ class Task:
             raise UserError(f"{where}: target '{target}' of task {self.name} is not a number")
         if self.bounds and not self.bounds[0] <= number <= self.bounds[1]:
             low, high = self.bounds
-            raise UserError(
-                f"{where}: target {number:g} of task {self.name} is outside its range, {low:g} to {high:g}"
-            )
+            raise UserError(f"{where}: target {number:g} of task {self.name} is outside its range, {low:g} to {high:g}")
         return target if self.step is None else round_to_step(number, self.step)
 
 
@@ -264,9 +256,7 @@ def parts(template: str) -> tuple[tuple[str, str | None], ...]:
             f"template '{template}': {error}; write column names in braces, literal braces twice"
         ) from error
     if any(name is not None and (not name or spec or how or "[" in name) for _, name, spec, how in parsed):
-        raise UserError(
-            f"template '{template}': only plain column names may stand in braces, such as {{question}}"
-        )
+        raise UserError(f"template '{template}': only plain column names may stand in braces, such as {{question}}")
     return tuple((literal, name) for literal, name, _, _ in parsed)
 
 

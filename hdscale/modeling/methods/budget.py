@@ -75,7 +75,9 @@ def solve_budget(cls: type[Method], config: HyperdecoderConfig) -> None:
     if method.solve is not None:
         known = {key: choice for choice in choices for key in choice}
         if method.solve not in known:
-            raise UserError(f"method.solve={method.solve}: no size of method '{method.name}'{nearest(method.solve, known)}")
+            raise UserError(
+                f"method.solve={method.solve}: no size of method '{method.name}'{nearest(method.solve, known)}"
+            )
         keys = [method.solve]
     counter = Counter(cls, config)
     size = nearest_size(lambda size: counter.percent(keys, size), wanted)

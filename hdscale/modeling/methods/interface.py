@@ -135,7 +135,9 @@ def check_packing(cls: type[Method], config: HyperdecoderConfig) -> None:
     if not config.model.packing:
         return
     if config.model.attention != "sdpa":
-        raise UserError(f"model.packing=true has an attention of its own: leave out model.attention={config.model.attention}")
+        raise UserError(
+            f"model.packing=true has an attention of its own: leave out model.attention={config.model.attention}"
+        )
     if cls.encoder_knows_instances(config.method):
         raise UserError(
             f"model.packing=true: method '{config.method.name}' as configured adapts the encoder for each instance, and a packed "

@@ -60,7 +60,9 @@ class SkillAllocation(nn.Module):
         by_task = self.logits.float().transpose(0, 1)  # [tasks, linears, skills]
         logits = with_unseen_task(by_task)[task_rows(task_ids, by_task.shape[0])].transpose(0, 1)
         if self.training:
-            weights = RelaxedBernoulli(logits.new_tensor(self.temperature), logits=logits, validate_args=False).rsample()
+            weights = RelaxedBernoulli(
+                logits.new_tensor(self.temperature), logits=logits, validate_args=False
+            ).rsample()
         else:
             weights = torch.sigmoid(logits)
         return weights / (weights.sum(dim=-1, keepdim=True) + SMALLEST_SUM)

@@ -146,7 +146,9 @@ class Side(nn.Module):
         return members[0] if len(members) == 1 else ComposedAdaptation(members)
 
 
-def generating_heads(settings: SideSettings, method: MethodSettings, base_config, decoder: bool) -> dict[str, nn.Module]:
+def generating_heads(
+    settings: SideSettings, method: MethodSettings, base_config, decoder: bool
+) -> dict[str, nn.Module]:
     """The heads of one hypernetwork, by name, for whatever a side generates."""
     bottleneck, lora = method.hypernet.bottleneck, method.lora
     heads: dict[str, nn.Module] = {}
@@ -179,7 +181,9 @@ class SidesMethod(Method):
 
     @classmethod
     def options(cls, settings: MethodSettings) -> list[str]:
-        kinds = {name: cls.fixed.get(f"{name}.adapter", getattr(settings, name).adapter) for name in ("encoder", "decoder")}
+        kinds = {
+            name: cls.fixed.get(f"{name}.adapter", getattr(settings, name).adapter) for name in ("encoder", "decoder")
+        }
         found = [f"{name}.adapter" for name in kinds if f"{name}.adapter" not in cls.fixed]
         generated: set[str] = set()
         for name, kind in kinds.items():
@@ -223,7 +227,9 @@ class SidesMethod(Method):
                 raise UserError(f"method.{name}.scale={side.scale} must be a finite number")
             for form in forms(side):
                 if form not in FORMS or forms(side).count(form) > 1:
-                    raise UserError(f"method.{name}.form={side.form}: name adapter, lora, prefix, or several joined by +")
+                    raise UserError(
+                        f"method.{name}.form={side.form}: name adapter, lora, prefix, or several joined by +"
+                    )
             if "lora" in forms(side):
                 check_lora(method.lora)
                 if name == "encoder" and method.lora.attention == "cross":

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hdscale.bases.settings import ModelSettings
 from hdscale.cluster.settings import ClusterSettings
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks import expand_tasks
@@ -19,7 +20,7 @@ from hdscale.engine.settings import RunSettings, TrainSettings
 from hdscale.errors import UserError, nearest
 from hdscale.evaluation.settings import EvalSettings
 from hdscale.modeling.config import HyperdecoderConfig
-from hdscale.modeling.settings import MethodSettings, ModelSettings
+from hdscale.modeling.settings import MethodSettings
 from hdscale.settings import setting
 
 

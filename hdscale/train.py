@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 
-from hdscale.cluster.environment import read_environment, set_interface
-from hdscale.cluster.rendezvous import RendezvousError
+from hdscale.bases.base import base_config, tokenizer_name
 from hdscale.config import Config, load_config, model_config, to_dict
 from hdscale.data.batches import Row, collate
 from hdscale.data.feed import Feed
@@ -37,12 +36,11 @@ from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
 from hdscale.engine.compilation import compile_for_training, parse_compile
 from hdscale.engine.deepspeed_config import resolve_deepspeed_config
 from hdscale.engine.deepspeed_engine import Engine, build_engine
-from hdscale.engine.distributed import Ranks
+from hdscale.engine.environment import read_environment, set_interface
 from hdscale.engine.preemption import Preemption
-from hdscale.engine.progress import RunLog
-from hdscale.engine.run_folder import RunFolder
+from hdscale.engine.ranks import Ranks
+from hdscale.engine.rendezvous import RendezvousError
 from hdscale.engine.settings import TrainSettings
-from hdscale.engine.settled import Settled
 from hdscale.engine.steps import Steps
 from hdscale.engine.token_budget import AUTO, SMALLEST, find_token_budget, parse_token_budget
 from hdscale.errors import EXIT_BROKEN, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, report
@@ -50,13 +48,15 @@ from hdscale.evaluation.averages import check_select, task_score
 from hdscale.evaluation.decode import EvaluationStopped
 from hdscale.evaluation.evaluate import Evaluation, evaluate_tasks
 from hdscale.evaluation.metrics import check_metrics
-from hdscale.modeling.base import base_config, tokenizer_name
 from hdscale.modeling.export import read_trainables
 from hdscale.modeling.hypernetwork import GeneratedAdapterHeads
 from hdscale.modeling.methods import method_class
 from hdscale.modeling.model import AdaptedModel, build_model
 from hdscale.ops.backend import availability
-from hdscale.results import final_results, print_results
+from hdscale.runs.folder import RunFolder
+from hdscale.runs.log import RunLog
+from hdscale.runs.results import final_results, print_results
+from hdscale.runs.settled import Settled
 
 
 @dataclasses.dataclass
@@ -370,7 +370,7 @@ def preempted(log: RunLog, step: int) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from hdscale.cli import add_config_arguments
+    from hdscale.commands.cli import add_config_arguments
 
     add_config_arguments(parser)
     parser.add_argument("--fresh", action="store_true", help="start anew; an earlier run of this name is moved aside")

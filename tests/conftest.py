@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.ranks import RankPool
+from tests.helpers.ranks import RankPool
 
 
 @pytest.fixture(scope="session")
 def rank_pool() -> RankPool:
-    """Ranks without the cost of a launch: `rank_pool(2).run("tests.module:function", kwargs)`; see tests/ranks.py."""
+    """Ranks without the cost of a launch: `rank_pool(2).run("tests.module:function", kwargs)`; see tests/helpers/ranks.py."""
     return RankPool()

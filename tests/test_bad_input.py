@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hdscale import cli
-from tests.tiny import HUB, T5_TOKENIZER, needs_real_text, save_tiny_t5
+from hdscale.commands import cli
+from tests.helpers.places import HUB, T5_TOKENIZER, needs_real_text
+from tests.helpers.tiny import save_tiny_t5
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import pytest
 
 from hdscale.config import load_config, model_config
 from hdscale.errors import UserError
+from tests.helpers.places import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 # hub checkpoints cannot be reached here: the built-in size of the same architecture stands in for each
 BUILT_IN = {
     "google/t5-base-lm-adapt": "t5-v1_1-base",

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hdscale import cli
+from hdscale.commands import cli
+from tests.helpers.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

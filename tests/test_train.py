@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import HUB, T5_TOKENIZER, needs_real_text, save_tiny_t5
-from tests.train_jobs import losses
+from tests.helpers.places import HUB, T5_TOKENIZER, needs_real_text
+from tests.helpers.tiny import save_tiny_t5
+from tests.helpers.train_jobs import losses
 
 TABLE_1 = {
     "cola": {"matthews"},
@@ -21,7 +22,7 @@ TABLE_1 = {
     "qnli": {"accuracy"},
     "rte": {"accuracy"},
 }
-JOB = "tests.train_jobs:run"
+JOB = "tests.helpers.train_jobs:run"
 
 
 @pytest.fixture(scope="module")

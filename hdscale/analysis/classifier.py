@@ -27,8 +27,8 @@ from hdscale.engine.optimizer import learning_rate_factor
 from hdscale.errors import UserError
 from hdscale.evaluation.averages import averages
 from hdscale.evaluation.decode import global_batches, model_device, pad
-from hdscale.evaluation.loading import Choice, Loaded
 from hdscale.evaluation.metrics import compute
+from hdscale.load import Choice, Loaded
 from hdscale.modeling.conditioning import masked_mean
 
 RESULTS = "classifier.json"

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from hdscale.analysis.formats import TextTable, add_output_arguments, write_tables
-from hdscale.analysis.run_results import RunResult, read_run, task_average
 from hdscale.errors import UserError
+from hdscale.runs.read_results import RunResult, read_run, task_average
 
 SIGNIFICANT = 0.05
 TEST_NAMES = {
@@ -49,7 +49,7 @@ def choose_tests(
     Raises:
         UserError: if a paired test was asked for by name and the seeds do not match.
     """
-    from hdscale.evaluation.significance import PAIRED
+    from hdscale.analysis.significance import PAIRED
 
     seeds = sorted(run.seed for run in first), sorted(run.seed for run in second)
     pairable = seeds[0] == seeds[1] and len(set(seeds[0])) == len(seeds[0])
@@ -71,12 +71,12 @@ def comparison_table(
 
     Args:
         first: runs of the method of interest. second: runs of the one that it is compared with.
-        tests: of `hdscale.evaluation.significance`. without: tasks that averages are also taken without.
+        tests: of `hdscale.analysis.significance`. without: tasks that averages are also taken without.
 
     Raises:
         UserError: fewer than two runs of a method, no common metric.
     """
-    from hdscale.evaluation.significance import compare
+    from hdscale.analysis.significance import compare
 
     first, second = (sorted(runs, key=lambda run: run.seed) for runs in (first, second))
     families = [

@@ -52,7 +52,7 @@ def embed_tasks(
     """Embeddings [M, D] and predictions of the first `limit` rows of each task's split.
 
     Args:
-        loaded: a `hdscale.evaluation.loading.Loaded` model of hdscale's own. config: of its run.
+        loaded: a `hdscale.load.Loaded` model of hdscale's own. config: of its run.
     """
     import numpy as np
     import torch
@@ -180,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from hdscale.data.tasks import expand_tasks
-    from hdscale.evaluation.loading import Choice
+    from hdscale.load import Choice
 
     for name in ("limit", "batch_size"):
         if getattr(args, name) < 1:

@@ -87,7 +87,7 @@ def losses(args: argparse.Namespace, folder: Path, name: str, dtype: str, settin
         UserError: if the run fails.
     """
     command = [
-        sys.executable, "-m", "hdscale.cli", "train", "--config", args.config, f"run.dir={folder}", f"run.name={name}",
+        sys.executable, "-m", "hdscale", "train", "--config", args.config, f"run.dir={folder}", f"run.name={name}",
         f"train.max_steps={args.steps}", "train.log_every=1", f"train.dtype={dtype}", f"deepspeed=ds_configs/zero2_{dtype}.json",
         "eval.every=0", "eval.select=last", "eval.test=false", "model.dropout=0.0", *settings, *args.overrides,
     ]  # fmt: skip

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         args, "batch_size", "tokens", "mixed_batches", "turns", "every", *(["rows"] if args.rows is not None else [])
     )
     # random weights are what is asked for here
-    logging.getLogger("hdscale.modeling.base").setLevel(logging.ERROR)
+    logging.getLogger("hdscale.bases.base").setLevel(logging.ERROR)
     device = torch.device(args.device)
     mixed, sets = make_rows(args, args.batch_size * args.mixed_batches), evaluation_sets(args, args.rows)
     sides = {}

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hdscale.bench.allocations import mark, track_cpu
-from hdscale.cluster.environment import read_environment
 from hdscale.config import Config, load_config, model_config
 from hdscale.engine.deepspeed_engine import build_engine
-from hdscale.engine.distributed import Ranks
+from hdscale.engine.environment import read_environment
+from hdscale.engine.ranks import Ranks
 from hdscale.modeling.model import build_model
-from hdscale.study.memory import Memory, Sharding, step_memory
+from hdscale.study.memory_model import Memory, Sharding, step_memory
 from hdscale.study.plan import architecture, counted, work_of
 
 STEPS = 3

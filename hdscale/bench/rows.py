@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from hdscale.bases.base import BUILT_IN, TINY_SIZES, TINY_VOCABULARY
 from hdscale.data.batches import Row
 from hdscale.data.mixture import Mixture
 from hdscale.errors import UserError, nearest
-from hdscale.modeling.base import BUILT_IN, TINY_SIZES, TINY_VOCABULARY
 
 # task: (training rows of Table 10, mean source tokens under T5's vocabulary); measured on the real text of each task,
 # except mrpc and stsb, for which the mean of the other pair tasks stands in

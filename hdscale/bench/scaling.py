@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
+from hdscale.bases.base import BUILT_IN
 from hdscale.bench.report import add_report_arguments, progress, publish
 from hdscale.bench.rows import add_row_arguments, check_sizes
 from hdscale.bench.scaling_rank import Task, task_rows
 from hdscale.bench.variants import hyperdecoder_settings, trainable_parameters
-from hdscale.engine.distributed import free_port
+from hdscale.engine.ranks import free_port
 from hdscale.errors import UserError, nearest
 from hdscale.modeling import build_model
-from hdscale.modeling.base import BUILT_IN
 
 BITS = {"fp32": 4, "bf16": 2}
 PATIENCE = 1800.0

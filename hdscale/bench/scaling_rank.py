@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 
 from hdscale.bench.rows import make_rows
-from hdscale.cluster.environment import read_environment
 from hdscale.config import load_config, model_config
 from hdscale.data.batches import Row, collate
 from hdscale.data.micro_batches import deal
 from hdscale.engine.deepspeed_engine import build_engine
-from hdscale.engine.distributed import Ranks
+from hdscale.engine.environment import read_environment
+from hdscale.engine.ranks import Ranks
 from hdscale.modeling import build_model
 
 COLLECTIVES = (

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from hdscale.bases.blocks import AdaptedBlock
+from hdscale.bases.interface import Adaptation
+from hdscale.bases.settings import ModelSettings
 from hdscale.data.batches import Row, collate
 from hdscale.data.micro_batches import deal
 from hdscale.modeling import HyperdecoderConfig, build_model
-from hdscale.modeling.adaptation import Adaptation
-from hdscale.modeling.blocks import AdaptedBlock
 from hdscale.modeling.model import AdaptedModel, Encoded
-from hdscale.modeling.settings import HypernetSettings, MethodSettings, ModelSettings, SideSettings
+from hdscale.modeling.settings import HypernetSettings, MethodSettings, SideSettings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LEARNING_RATE = 3e-4
@@ -186,7 +187,7 @@ def build_variants(
     """The contenders, by name: hdscale, released-fp32, released-bf16, adapter, full."""
 
     # random weights are what is asked for here: no need to say so for each contender
-    logging.getLogger("hdscale.modeling.base").setLevel(logging.ERROR)
+    logging.getLogger("hdscale.bases.base").setLevel(logging.ERROR)
 
     def build(config: HyperdecoderConfig, kind: torch.dtype) -> AdaptedModel:
         return build_model(config, kind, device)

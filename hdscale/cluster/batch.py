@@ -15,7 +15,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hdscale.cli import guarded
 from hdscale.cluster.records import (
     LaunchRecord,
     RunEntry,
@@ -29,6 +28,7 @@ from hdscale.cluster.records import (
     write_launch,
     write_state,
 )
+from hdscale.commands.cli import guarded
 from hdscale.config import load_config
 from hdscale.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR
 

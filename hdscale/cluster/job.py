@@ -53,7 +53,7 @@ class TrainingJob:
 
     def train(self, folder: Path) -> int:
         """`hdscale train`; its exit code."""
-        from hdscale.cli import main
+        from hdscale.commands.cli import main
 
         run = read_launch(folder).runs[self.index]
         fresh = ["--fresh"] if self.fresh and read_state(folder, self.index).starts <= 1 else []

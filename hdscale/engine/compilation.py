@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from hdscale.bases.compilation import compile_stacks, decompile_stacks
 from hdscale.engine.deepspeed_engine import Batch, Engine
-from hdscale.engine.settled import Settled
 from hdscale.engine.trial import seconds_of_passes
 from hdscale.errors import UserError, nearest
-from hdscale.modeling.compilation import compile_stacks, decompile_stacks
+from hdscale.runs.settled import Settled
 
 CHOICES = {"off": "off", "on": "on", "auto": "auto", "False": "off", "True": "on"}
 """YAML reads an unquoted on or off as true or false."""

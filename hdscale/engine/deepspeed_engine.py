@@ -15,8 +15,8 @@ from torch import nn
 
 from hdscale.engine import zero
 from hdscale.engine.deepspeed_config import resolve_deepspeed_config
-from hdscale.engine.distributed import Ranks
 from hdscale.engine.optimizer import build_optimizer, learning_rate_factor, trainable_parameters
+from hdscale.engine.ranks import Ranks
 from hdscale.errors import UserError
 
 Batch = Mapping[str, torch.Tensor]

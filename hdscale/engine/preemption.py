@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from hdscale.engine.distributed import Ranks
+from hdscale.engine.ranks import Ranks
 
 SIGNALS = ("SIGTERM", "SIGUSR2")
 PARENT_LAUNCHERS = ("deepspeed", "torchrun")

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from hdscale.data.feed import Feed
 from hdscale.engine.deepspeed_engine import Engine, PendingStep
-from hdscale.engine.progress import RunLog
+from hdscale.runs.log import RunLog
 
 
 class Spent(Protocol):

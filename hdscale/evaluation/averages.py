@@ -57,7 +57,7 @@ def averages(tasks: Sequence[Any], results: Mapping[str, Mapping[str, float]]) -
 
 def task_domain(task: Any) -> str | None:
     """`in_domain` or `out_of_domain` for a set of the MRQA shared task, None for any other task."""
-    from hdscale.data.mrqa import IN_DOMAIN, OUT_OF_DOMAIN
+    from hdscale.data.tasks.mrqa.read import IN_DOMAIN, OUT_OF_DOMAIN
 
     if task.kind != "qa":
         return None

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from hdscale.errors import UserError
-from hdscale.evaluation.ranks import RankGroup, SingleProcess
+from hdscale.runs.ranks import RankGroup, SingleProcess
 
 SCORE_DECIMALS = 4
 """Log-likelihoods are rounded to this many decimals before they are compared or written."""

@@ -34,8 +34,8 @@ from hdscale.evaluation.decode import (
 )
 from hdscale.evaluation.metrics import check_metrics, compute_scores
 from hdscale.evaluation.mrqa_protocol import answer_questions, first_questions, is_chunked, write_official
-from hdscale.evaluation.ranks import RankGroup, SingleProcess
 from hdscale.evaluation.settings import EvalSettings
+from hdscale.runs.ranks import RankGroup, SingleProcess
 
 BATCH_SIZES = "batch_sizes.json"
 """Beside the predictions: {task.split: rows of an evaluation batch}, found once and used again by every later

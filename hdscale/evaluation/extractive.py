@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hdscale.data.mrqa import questions
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks import Task
+from hdscale.data.tasks.mrqa.read import questions
 from hdscale.data.tasks.task import Example
 from hdscale.errors import UserError
 from hdscale.evaluation.decode import SCORE_DECIMALS, Decoding, Prediction, pad

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hdscale.data.mrqa import official_ids
+from hdscale.data.tasks.mrqa.read import official_ids
 from hdscale.errors import UserError
 from hdscale.evaluation.decode import atomic_writer
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from hdscale.data.mrqa import Question, clean, make_question
-from hdscale.data.mrqa_chunks import chunks_of_questions
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks import Task
+from hdscale.data.tasks.mrqa.chunks import chunks_of_questions
+from hdscale.data.tasks.mrqa.read import Question, clean, make_question
 from hdscale.data.tasks.task import cell_text, fields, fill
 from hdscale.errors import UserError, nearest
 
@@ -125,7 +125,7 @@ def source_of(task: Task | None, row: Mapping[str, Any], where: str) -> str | Qu
         raise UserError(
             f"{where}: no field '{FREE_TEXT[0]}'{nearest(FREE_TEXT[0], row)}; or name a task by --task or in 'task'"
         )
-    if task.reader == "hdscale.data.mrqa":
+    if task.reader == "hdscale.data.tasks.mrqa.read":
         record = {"qid": "", "answers": [], "question": row.get("question")}
         for name in ("question", "context"):
             if not isinstance(row.get(name), str):

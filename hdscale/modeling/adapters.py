@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hdscale.modeling.adaptation import Adaptation
+from hdscale.bases.interface import Adaptation
 
 INIT_GAIN = 1e-4
 """Xavier gain of the release: a new adapter starts near zero without being zero."""

@@ -11,8 +11,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hdscale.bases.settings import ModelSettings
 from hdscale.errors import UserError, nearest
-from hdscale.modeling.settings import MethodSettings, ModelSettings
+from hdscale.modeling.settings import MethodSettings
 
 
 @dataclass

@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hdscale.bases.settings import ModelSettings
 from hdscale.errors import UserError
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.export import save_pretrained
 from hdscale.modeling.model import build_model
-from hdscale.modeling.settings import HypernetSettings, MethodSettings, ModelSettings, SideSettings
+from hdscale.modeling.settings import HypernetSettings, MethodSettings, SideSettings
 
 BLOCK = "{side}.block.{layer}.layer.{sub}.adapter_layer.adapter_{direction}_manual.{kind}"
 FEED_FORWARD = {"encoder": 1, "decoder": 2}

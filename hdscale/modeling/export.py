@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hdscale.bases.base import BUILT_IN, resolve_name
 from hdscale.errors import UserError
-from hdscale.modeling.base import BUILT_IN, resolve_name
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.model import AdaptedModel, build_model
 
@@ -59,7 +59,7 @@ def base_fingerprint(config: HyperdecoderConfig) -> str | None:
     name = resolve_name(config.model.name)
     if name in BUILT_IN or not Path(name).is_dir():
         return None
-    from hdscale.modeling.fingerprint import fingerprint_weights
+    from hdscale.bases.fingerprint import fingerprint_weights
 
     return fingerprint_weights(name)
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hdscale.modeling.adaptation import Adaptation
+from hdscale.bases.interface import Adaptation
 from hdscale.ops import (
     AdapterHeads,
     AdapterWeights,

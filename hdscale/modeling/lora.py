@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hdscale.bases.interface import Adaptation, per_instance
 from hdscale.errors import UserError, nearest
-from hdscale.modeling.adaptation import Adaptation, per_instance
 from hdscale.modeling.settings import LoraSettings
 
 LINEARS = "qkvo"

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
+from hdscale.bases import inference, packing
+from hdscale.bases.base import load_base, scales_output
+from hdscale.bases.greedy import Decoded, greedy_decode
+from hdscale.bases.interface import Adaptation
 from hdscale.errors import UserError
-from hdscale.modeling import inference, packing
-from hdscale.modeling.adaptation import Adaptation
-from hdscale.modeling.base import load_base, scales_output
 from hdscale.modeling.config import HyperdecoderConfig
-from hdscale.modeling.greedy import Decoded, greedy_decode
 from hdscale.modeling.methods import method_class, settled
 
 IGNORED = -100
@@ -69,7 +69,7 @@ class AdaptedModel(nn.Module):
         Args:
             input_ids: [B, S]. attention_mask: [B, S]. task_ids: [B], needed by task-conditioned methods.
             source_positions: [L], where the source tokens stand among the B * S; read with `model.packing` alone: see
-                `hdscale.modeling.packing.encode`.
+                `hdscale.bases.packing.encode`.
         """
         if self.method.needs_tasks and task_ids is None:
             raise UserError(f"method '{self.config.method.name}' is conditioned on tasks: give task_ids")

@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor, nn
 
-from hdscale.modeling.adaptation import Adaptation
+from hdscale.bases.interface import Adaptation
 
 INIT_GAIN = 1e-3
 

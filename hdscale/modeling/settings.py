@@ -1,4 +1,4 @@
-"""Settings of the base model and of the method that adapts it (`model.*`, `method.*`).
+"""Settings of the method that adapts the base (`method.*`).
 
 Defaults of `method.*` are the paper's hyperdecoder. A method refuses options that it does not have.
 """
@@ -7,24 +7,6 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from hdscale.settings import setting
-
-
-@dataclass
-class ModelSettings:
-    """The frozen base: a T5-family encoder-decoder."""
-
-    name: str = setting("t5-v1_1-small", "hub id, local folder, or built-in size (random weights) of a T5-family model")
-    revision: Optional[str] = setting(None, "revision of the hub checkpoint (branch, tag or commit)")
-    tokenizer: Optional[str] = setting(None, "hub id or folder of the tokenizer; default: the model's own")
-    attention: str = setting("sdpa", "attention implementation of transformers: sdpa or eager")
-    activation_checkpointing: str = setting("none", "recompute activations in: none, encoder, decoder or all")
-    packing: bool = setting(
-        False,
-        "train the encoder on a micro-batch's tokens in one sequence without padding (meant for a GPU: FlexAttention); its attention "
-        "has no dropout of probabilities then, and all instances must share the encoder's adapters",
-    )
-    dropout: Optional[float] = setting(None, "dropout rate of the base; default: its own (0.1)")
-    init_adapter: Optional[str] = setting(None, "folder of exported trainables to start from (warm start)")
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hdscale.ops.generated import SharedHeads, generated_adapter, share_heads
-from hdscale.ops.reference import (
+from hdscale.ops.naive import (
     AdapterHeads,
     AdapterWeights,
     apply_adapter,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hdscale.errors import UserError, nearest
 from hdscale.ops.build import BuildError, load_kernels
-from hdscale.ops.reference import AdapterHeads
+from hdscale.ops.naive import AdapterHeads
 from hdscale.ops.verify import TOLERANCE, Shape, random_case, reference, relative_error
 
 BACKENDS = ("auto", "cpp", "cuda", "torch")

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdscale.ops.backend import resolve_backend
+from hdscale.ops.naive import AdapterHeads, generated_adapter_reference
 from hdscale.ops.operator import by_products, forward_for, gains, wide_type
-from hdscale.ops.reference import AdapterHeads, generated_adapter_reference
 from hdscale.ops.verify import Shape
 
 

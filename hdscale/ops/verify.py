@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hdscale.ops import operator
-from hdscale.ops.reference import AdapterHeads, AdapterWeights, generate_adapter_weights
+from hdscale.ops.naive import AdapterHeads, AdapterWeights, generate_adapter_weights
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 

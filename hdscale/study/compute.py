@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hdscale.study.hardware import Device
-from hdscale.study.memory import Architecture, Sharding, Work
+from hdscale.study.memory_model import Architecture, Sharding, Work
 
 EFFICIENCY = 0.35
 """Share of the dense peak that training reaches: the project's aim for T5 v1.1 on one H200, an assumption elsewhere."""

@@ -14,7 +14,7 @@ from hdscale.errors import EXIT_DONE, UserError
 from hdscale.study import compute
 from hdscale.study.compute import Communication, Flops
 from hdscale.study.hardware import DEVICES, Device, find_device
-from hdscale.study.memory import Architecture, Memory, Sharding, Work, step_memory
+from hdscale.study.memory_model import Architecture, Memory, Sharding, Work, step_memory
 
 HEADROOM = 0.92
 """Share of a GPU's memory that a plan fills."""
@@ -64,7 +64,7 @@ class Plan:
 
 def architecture(config: Config) -> Architecture:
     """The base's shape, from its configuration alone."""
-    from hdscale.modeling.base import base_config
+    from hdscale.bases.base import base_config
 
     base = base_config(config.model)
     dropout = base.dropout_rate if config.model.dropout is None else config.model.dropout
@@ -106,8 +106,8 @@ def counted(config: Config) -> tuple[Any, dict[str, tuple[str, int]], int]:
     """(parameter count, {side: (kind, size)}, parameters of the decoder's hypernetwork heads) on the meta device."""
     import torch
 
+    from hdscale.commands.params import count_parameters
     from hdscale.modeling.model import build_model
-    from hdscale.modeling.params import count_parameters
 
     model = build_model(model_config(config), dtype=torch.float32, device="meta")
     count = count_parameters(model)
@@ -354,7 +354,7 @@ def gb(value: float) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    from hdscale.cli import add_config_arguments
+    from hdscale.commands.cli import add_config_arguments
 
     add_config_arguments(parser, required=False)
     parser.add_argument("--gpu", default="a100-80gb", help=f"one of {', '.join(DEVICES)} (default: a100-80gb)")

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from hdscale.errors import UserError
 from hdscale.study import figures
 from hdscale.study.figures import Picture
-from hdscale.study.predict import predict_run
+from hdscale.study.forecast import predict_run
 from hdscale.study.rows import Row, axes_of, budget_axes, moved_keys, read_rows, seed_axes, write_csv
 from hdscale.study.status import statuses
 from hdscale.study.store import RunStatus, Store

@@ -22,7 +22,7 @@ def submit(study: Study, store: Store, dry_run: bool = False) -> int:
     Returns:
         exit code.
     """
-    from hdscale.cluster.launch import launch
+    from hdscale.launch import launch
 
     queued = live_runs(store)
     fresh = [run for run in study.runs if run.name not in queued and not settled(study, store, run)]

@@ -32,8 +32,8 @@ MODULES = (
     "hdscale.data.tasks.glue",
     "hdscale.data.tasks.nli",
     "hdscale.data.tasks.summarisation",
-    "hdscale.data.mrqa",
-    "hdscale.quickstart.tasks",
+    "hdscale.data.tasks.mrqa.read",
+    "hdscale.data.tasks.quickstart.tasks",
 )
 MIXTURE_OF_ALL = "all"
 

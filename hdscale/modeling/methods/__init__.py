@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from hdscale.errors import UserError, nearest
 from hdscale.modeling.methods.full import FullFinetuning
+from hdscale.modeling.methods.hyperdecoder import AdapterMethod, SidesMethod, TaskHypernet
 from hdscale.modeling.methods.hyperformer import Hyperformer, HyperformerPlusPlus
 from hdscale.modeling.methods.hyperprompt import HyperPrompt
 from hdscale.modeling.methods.interface import Method, settled
 from hdscale.modeling.methods.lora import Lora
 from hdscale.modeling.methods.modular import Modular
-from hdscale.modeling.methods.sides import AdapterMethod, SidesMethod, TaskHypernet
 from hdscale.modeling.settings import MethodSettings
 
 METHODS: dict[str, type[Method]] = {

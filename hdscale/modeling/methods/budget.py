@@ -7,11 +7,11 @@ import re
 
 import torch
 
+from hdscale.bases.base import load_base
+from hdscale.bases.settings import ModelSettings
 from hdscale.errors import UserError, nearest
-from hdscale.modeling.base import load_base
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.methods.interface import Method, set_option
-from hdscale.modeling.settings import ModelSettings
 
 LARGEST = 1 << 20
 """No size is looked for beyond this."""

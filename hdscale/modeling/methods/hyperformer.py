@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hdscale.bases.interface import Adaptation, per_instance
 from hdscale.errors import UserError, nearest
-from hdscale.modeling.adaptation import Adaptation, per_instance
 from hdscale.modeling.conditioning import TaskEmbedding, task_rows, with_unseen_task
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.methods.interface import Encode, Method

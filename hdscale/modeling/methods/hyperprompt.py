@@ -18,8 +18,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from hdscale.bases.interface import Adaptation
 from hdscale.errors import UserError, nearest
-from hdscale.modeling.adaptation import Adaptation
 from hdscale.modeling.conditioning import task_rows, with_unseen_task
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.methods.interface import Encode, Method

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hdscale.bases.interface import Adaptation
 from hdscale.errors import UserError
-from hdscale.modeling.adaptation import Adaptation
 from hdscale.modeling.conditioning import masked_mean
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.settings import MethodSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hdscale.modeling.adaptation import Adaptation
+from hdscale.bases.interface import Adaptation
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.lora import LoraAdaptation, LoraLinear, adapted_linears, check_lora
 from hdscale.modeling.methods.interface import Encode, Method

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import RelaxedBernoulli
 
+from hdscale.bases.interface import Adaptation
 from hdscale.errors import UserError
-from hdscale.modeling.adaptation import Adaptation
 from hdscale.modeling.conditioning import task_rows, with_unseen_task
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.lora import CachedLoraAdaptation, adapted_linears, apply_low_rank, check_lora, linear_key

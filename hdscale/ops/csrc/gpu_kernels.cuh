@@ -4,7 +4,7 @@
 // Sums that several blocks share are cut into parts with a result each, which a last kernel adds in a fixed order: no
 // atomics, the same bits at every run. Shapes need not be multiples of anything.
 //
-// This file is also compiled by a C++ compiler, against an emulation of warps and barriers (tests/emulator/): it takes
+// This file is also compiled by a C++ compiler, against an emulation of warps and barriers (tests/helpers/emulator/): it takes
 // from CUDA only what HDSCALE_SHARED, threadIdx, blockIdx, __syncthreads, __byte_perm and multiply_add need.
 #pragma once
 #include "gpu_tiles.h"

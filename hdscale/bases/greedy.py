@@ -1,0 +1,121 @@
+"""Greedy decoding in one small loop: what label tasks and short answers need, without the machinery of transformers' `generate`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hdscale.bases.base import scales_output
+from hdscale.bases.inference import TokenDecoder
+from hdscale.bases.interface import Adaptation
+
+FEWEST_LEFT = 3
+"""Tokens that may still come, below which no rows are dropped: copying what the others need takes time too."""
+
+
+class Decoded(NamedTuple):
+    """What greedy decoding found.
+
+    Attributes:
+        ids: token ids [B, 1 + T'], the decoder's start token first, padded behind </s>.
+        scores: float32 [B], the summed log-likelihood of each row's tokens, </s> included; None where not asked for.
+    """
+
+    ids: Tensor
+    scores: Tensor | None
+
+
+def greedy_decode(
+    base: nn.Module,
+    hidden: Tensor,
+    attention_mask: Tensor,
+    adaptation: Adaptation | None,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    scored: bool = False,
+    project_source: bool | None = None,
+) -> Decoded:
+    """The likeliest token at each position, until every row has ended; the same tokens as transformers' greedy search.
+
+    When half of the rows have ended, the others go on alone (which rows share a matrix product can change its last bits).
+
+    Args:
+        base: the T5-family model.
+        hidden: [B, S, D], the encoding.
+        attention_mask: [B, S].
+        adaptation: of the decoder, its adapters generated already (`for_generation`).
+        max_new_tokens: most tokens of a row, </s> included.
+        min_new_tokens: tokens before </s> is allowed.
+        scored: sum up the tokens' log-likelihoods.
+        project_source: see `TokenDecoder`.
+    """
+    config, device = base.config, hidden.device
+    rows = hidden.shape[0]
+    ids = torch.full((rows, 1 + max_new_tokens), config.pad_token_id, dtype=torch.long, device=device)
+    ids[:, 0] = config.decoder_start_token_id
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    scores = torch.zeros(rows, dtype=torch.float32, device=device) if scored else None
+    scale = config.d_model**-0.5 if scales_output(config) else 1.0
+    decoder = TokenDecoder(base.decoder, hidden, attention_mask, adaptation, max_new_tokens, project_source)
+    late, flags, length = lateness(device), [], max_new_tokens
+    token, places, droppable = ids[:, 0], None, True
+    for step in range(max_new_tokens):
+        output = decoder(token)
+        logits = base.lm_head(output * scale if scale != 1.0 else output)
+        if scored:
+            total = torch.logsumexp(logits.float(), dim=-1)
+        if step < min_new_tokens:
+            logits[:, config.eos_token_id] = -torch.inf
+        best, token = logits.max(dim=-1)
+        token = token.masked_fill(ended, config.pad_token_id)
+        if scored:
+            # padding is no token, wherever it stands
+            gained = (best.float() - total).masked_fill(token == config.pad_token_id, 0.0)
+            scores = scores + gained if places is None else scores.index_add(0, places, gained)
+        if places is None:
+            ids[:, step + 1] = token
+        else:
+            ids[places, step + 1] = token
+        ended = ended | (token == config.eos_token_id)
+        flags.append(Number((~ended).sum()))
+        if len(flags) <= late:
+            continue
+        remaining = flags.pop(0).read()
+        if remaining == 0:
+            length = step + 1 - late
+            break
+        if droppable and 2 * remaining <= token.shape[0] and max_new_tokens - step > FEWEST_LEFT:
+            rows = (~ended).nonzero().squeeze(1)
+            if rows.shape[0] == 0:
+                length = step + 1
+                break
+            droppable = decoder.keep(rows)
+            if droppable:
+                token, ended = token[rows], ended[rows]
+                places = rows if places is None else places[rows]
+    return Decoded(ids[:, : 1 + length], scores)
+
+
+def lateness(device: torch.device) -> int:
+    """How many tokens later it is read how many rows go on: a GPU is then never waited for while it has no work."""
+    return 0 if device.type == "cpu" else 1
+
+
+class Number:
+    """A device's integer on its way to the host."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.arrived = value, None
+        if value.device.type == "cuda":
+            self.value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self.value.copy_(value, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> int:
+        """Wait for it, but for nothing that was asked of the device since."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return int(self.value)

@@ -1,0 +1,73 @@
+"""`hdscale VERB`: one table of verbs; each verb is a module with `add_arguments(parser)` and `run(args) -> exit code`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from hdscale.errors import EXIT_USER_ERROR, UserError, report
+
+VERBS: dict[str, tuple[str, str]] = {
+    "prepare": ("hdscale.commands.prepare", "fetch data, tokenizer and weights into a folder for offline machines"),
+    "train": ("hdscale.train", "train, evaluate and test a model (one process, or a rank under SLURM)"),
+    "evaluate": (
+        "hdscale.commands.evaluate",
+        "evaluate a run, an export or any seq2seq or extractive-QA checkpoint",
+    ),
+    "predict": ("hdscale.commands.predict", "predict for JSON lines: any task, or free text"),
+    "params": ("hdscale.commands.params", "count parameters by part, and the trainable share"),
+    "convert": ("hdscale.modeling.convert", "read the released implementation's checkpoint"),
+    "launch": ("hdscale.launch", "submit a run or a sweep to SLURM; status, logs, cancel"),
+    "plan": ("hdscale.study.plan", "memory, time and communication of a run, before it costs anything"),
+    "study": ("hdscale.commands.study", "run a scaling study, resume it, report it"),
+    "analyze": ("hdscale.commands.analyze", "embeddings as pictures, comparisons over seeds, the paper's tables"),
+    "classify": ("hdscale.analysis.classifier", "classifiers on a trained run's frozen encoder (Table 7)"),
+    "doctor": ("hdscale.commands.doctor", "say which backends work here and build the C++/CUDA operator"),
+    "bench": ("hdscale.commands.bench", "measure speed and memory"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script."""
+    args = parse(list(sys.argv[1:] if argv is None else argv))
+    return guarded(args.run, args)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of a command line; `run` is the verb's function."""
+    parser = argparse.ArgumentParser(
+        prog="hdscale", description="Train hyperdecoders at cluster scale.", allow_abbrev=False
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    wanted = argv[0] if argv else None
+    for name, (module_name, help_line) in VERBS.items():
+        sub = verbs.add_parser(name, help=help_line, description=help_line, allow_abbrev=False)
+        if name == wanted:
+            # only the verb at hand is imported: `hdscale --help` must not wait for torch
+            module = importlib.import_module(module_name)
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser.parse_args(argv)
+
+
+def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a command; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        return run(args)
+    except UserError as error:
+        report(error)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:
+        return 0
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """`--config FILE [key=value ...]`, the same for every verb that reads a configuration."""
+    parser.add_argument("--config", metavar="FILE", required=required, help="YAML file (see configs/)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

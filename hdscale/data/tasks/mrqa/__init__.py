@@ -1,0 +1,1 @@
+"""MRQA's twelve question-answering sets."""

@@ -1,0 +1,1 @@
+"""The quick start's tasks: generated rows in a generated language."""

@@ -1,0 +1,89 @@
+"""The plan's predictions for a run that is done, for the report to hold beside what was measured."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from hdscale.config import Config
+from hdscale.study import compute
+from hdscale.study.hardware import match_device
+from hdscale.study.memory_model import Sharding, step_memory
+from hdscale.study.plan import architecture, counted, work_of
+
+
+def predict_run(config: dict[str, Any], results: dict[str, Any]) -> dict[str, float | None]:
+    """flops, planned_samples_per_second and planned_memory_gb of a run.
+
+    FLOPs are counted at the mean length of the rows that the run saw, memory at the greatest. Throughput is predicted on
+    the GPUs that the plan has figures for; what a CPU's log states is the whole process, and no term of the plan.
+
+    Args:
+        config: flat. results: `results.json`.
+    """
+    provenance = results.get("provenance", {})
+    ranks = int(provenance.get("world_size") or 1)
+    whole = to_config(config)
+    mean = results["tokens"] / max(results["samples"], 1)
+    relevant = {key: repr(value) for key, value in config.items() if key.startswith(("model.", "method.", "data."))}
+    flops_row = mean_row_flops(tuple(sorted(relevant.items())), whole, mean)
+    found: dict[str, float | None] = {"flops": flops_row * results["samples"]}
+    device = match_device(str(provenance.get("device") or ""))
+    if device is not None:
+        seconds = compute.seconds_of(flops_row, device, whole.train.dtype, compute.EFFICIENCY)
+        found["planned_samples_per_second"] = ranks / seconds
+        count, sides, heads = counted(whole)
+        rows = rows_of_a_pass(whole, ranks)
+        memory = step_memory(
+            architecture(whole),
+            work_of(whole, rows, "cuda", sides),
+            Sharding(ranks, 2),
+            count.base,
+            count.trainable,
+            heads,
+        )
+        found["planned_memory_gb"] = (memory.peak - memory.workspace) / 1e9
+    return found
+
+
+def rows_of_a_pass(config: Config, ranks: int) -> int:
+    """Rows of a micro-batch of the longest rows, which need the most memory."""
+    rows = -(-config.train.global_batch_size // ranks)
+    if config.train.micro_batch_size:
+        rows = min(rows, config.train.micro_batch_size)
+    budget = config.train.tokens_per_micro_batch
+    if budget and budget.isdigit():
+        rows = min(rows, max(1, int(budget) // (config.data.max_source_length + config.data.max_target_length)))
+    return rows
+
+
+_CACHE: dict[Any, tuple[Any, Any]] = {}
+
+
+def mean_row_flops(key: Any, config: Config, mean: float) -> float:
+    """Training FLOPs of a row of so many tokens, source and target in the proportion of their limits."""
+    if key not in _CACHE:
+        _, sides, _ = counted(config)
+        _CACHE[key] = (architecture(config), work_of(config, 1, "cuda", sides))
+    base, work = _CACHE[key]
+    import dataclasses
+
+    share = config.data.max_source_length / (config.data.max_source_length + config.data.max_target_length)
+    work = dataclasses.replace(work, source=max(1, round(mean * share)), target=max(1, round(mean * (1 - share))))
+    return compute.row_flops(base, work, config.method.hypernet.bottleneck if work.generated else 0).training
+
+
+@functools.cache
+def structured() -> Any:
+    """The empty configuration."""
+    return OmegaConf.structured(Config)
+
+
+def to_config(flat: dict[str, Any]) -> Config:
+    """A configuration of dotted keys."""
+    node = OmegaConf.create({})
+    for key, value in flat.items():
+        OmegaConf.update(node, key, value, force_add=True)
+    return OmegaConf.to_object(OmegaConf.merge(structured(), node))

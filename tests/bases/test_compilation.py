@@ -1,0 +1,107 @@
+"""Compiled sub-layers: the same losses and gradients, few graphs, and evaluation left alone."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from hdscale.bases.compilation import compile_stacks, decompile_stacks
+from hdscale.data.batches import Row, collate
+from hdscale.engine.compilation import parse_compile, worth
+from hdscale.errors import UserError
+from hdscale.modeling import HyperdecoderConfig, build_model
+from tests.helpers.places import HUB, T5_TOKENIZER, needs_real_text
+from tests.helpers.tiny import save_tiny_t5
+from tests.helpers.train_jobs import losses
+
+SHAPES = [(4, 9, 3), (4, 17, 2), (3, 30, 4)]
+ODD_SHAPES = [(1, 12, 2), (5, 6, 1)]
+"""One row, one token: sizes of 1 are graphs of their own."""
+
+
+def batch(rows: int, source: int, target: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows * source)
+    ids = torch.randint(2, 60, (rows, source + target), generator=generator).tolist()
+    # the first row is the longest
+    return collate([Row(one[: source - index], one[source:], 0, str(index), "t") for index, one in enumerate(ids)], 0)
+
+
+def loss_and_gradients(model, tensors) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    loss = model(**tensors).loss_sum
+    return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
+
+
+@pytest.mark.slow
+def test_compiled_stacks_compute_the_same(tmp_path):
+    base = save_tiny_t5(tmp_path / "base", vocabulary=64)
+    sizes = {"encoder": {"dim": 4}, "decoder": {"dim": 4, "adapter": "generated"}, "hypernet": {"bottleneck": 8}}
+    config = HyperdecoderConfig.from_dict(
+        {"model": {"name": str(base), "dropout": 0.0}, "method": {"name": "hyperdecoder", **sizes}, "tasks": []}
+    )
+    model = build_model(config).train()
+    batches = [batch(*shape) for shape in SHAPES + ODD_SHAPES]
+    plain = [loss_and_gradients(model, one) for one in batches]
+    source = {name: batches[0][name] for name in ("input_ids", "attention_mask")}
+    decoded = model.eval().generate(**source, max_new_tokens=5)
+    torch._dynamo.utils.counters.clear()
+    compile_stacks(model.base)
+    model.train()
+    count = torch._dynamo.utils.counters["stats"]
+    for number, (expected, one) in enumerate(zip(plain, batches, strict=True)):
+        for found, wanted in zip(loss_and_gradients(model, one), expected, strict=True):
+            assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+        if number == len(SHAPES) - 1:
+            assert 0 < count["unique_graphs"] <= 12
+    graphs = count["unique_graphs"]
+    # a new pair of lengths is no new graph, and decoding is none
+    loss_and_gradients(model, batch(6, 23, 5))
+    assert torch.equal(model.eval().generate(**source, max_new_tokens=5), decoded)
+    assert count["unique_graphs"] == graphs
+    decompile_stacks(model.base)
+    assert not any("forward" in vars(module) for module in model.base.modules())
+
+
+@pytest.mark.slow
+@needs_real_text
+def test_a_compiled_run(rank_pool, tmp_path):
+    """Two ranks, compiled and not: the losses follow each other, and the log says what the compiler cost."""
+    overrides = [
+        f"model.name={save_tiny_t5(tmp_path / 'base')}", f"model.tokenizer={T5_TOKENIZER}", f"data.root={HUB}",
+        f"data.cache={tmp_path}/cache", "method.encoder.dim=4", "method.decoder.dim=4", "method.hypernet.bottleneck=8",
+        "train.max_steps=4", "train.global_batch_size=16", "train.tokens_per_micro_batch=400", "train.log_every=1",
+        "eval.every=0", "eval.select=last", "eval.test=false", "model.dropout=0.0", f"run.dir={tmp_path}",
+    ]  # fmt: skip
+    for name, choice in (("plain", "auto"), ("compiled", "on")):
+        job = {"overrides": [*overrides, f"run.name={name}", f"train.compile={choice}"]}
+        assert rank_pool(2).run("tests.helpers.train_jobs:run", job, timeout=400)[0]["code"] == 0
+    plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
+    assert all(math.isclose(plain[step], compiled[step], rel_tol=1e-3) for step in plain)
+    assert "s to compile; a pass of forward and backward takes" in (tmp_path / "compiled" / "train.log").read_text()
+    assert json.loads((tmp_path / "compiled" / "settled.json").read_text())["compile"] == "on"
+    assert "compile" not in json.loads((tmp_path / "plain" / "settled.json").read_text())
+
+
+def test_what_the_compiler_is_worth():
+    assert "pays from step 25 on" in worth(plain=0.5, compiled=0.4, first=10.7, passes=4)
+    assert "does not pay" in worth(plain=0.4, compiled=0.5, first=10.0, passes=4)
+
+
+@pytest.mark.parametrize("choice, stage", [("maybe", 2), ("on", 3)])
+def test_what_cannot_be_compiled(choice, stage):
+    with pytest.raises(UserError, match="train.compile"):
+        parse_compile(choice, stage)
+
+
+def test_yaml_reads_on_and_off_as_truth_values():
+    assert [parse_compile(value, 2) for value in ("on", "off", "auto", "True", "False")] == [
+        "on",
+        "off",
+        "auto",
+        "on",
+        "off",
+    ]
+    assert parse_compile("auto", 3) == "auto"

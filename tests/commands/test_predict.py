@@ -1,0 +1,343 @@
+"""`hdscale predict`: order, tasks, bad rows, bounded memory."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from hdscale.commands import predict
+from hdscale.commands.cli import main
+from hdscale.config import load_config, model_config, to_dict
+from hdscale.evaluation.decode import Decoder, Decoding
+from hdscale.evaluation.evaluate import evaluate_split
+from hdscale.evaluation.requests import BadRow, Request, parse, read_requests
+from hdscale.load import Choice
+from hdscale.modeling.model import build_model
+from tests.helpers.evaluation_jobs import make_tasks, write_rows
+
+OVERRIDES = [
+    "model.name=tiny-1",
+    "method.encoder.dim=4",
+    "method.decoder.dim=4",
+    "method.hypernet.bottleneck=4",
+    "train.dtype=fp32",
+    "data.max_source_length=48",
+    "data.max_target_length=6",
+    "data.chunk_overlap=8",
+    "run.seed=5",
+]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """A run's folder as training leaves it: configuration and exported trainables (a random base of the run's
+    seed).
+    """
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    data = tmp_path_factory.mktemp("data")
+    _, settings = make_tasks(data)
+    config = load_config(None, [*OVERRIDES, f"data.mrqa_root={settings.mrqa_root}", f"data.cache={data}/cache"])
+    config.data.custom = {
+        "pairs": {
+            "kind": "label",
+            "labels": ["no", "yes"],
+            "source": "pairs one: {one} two: {two}",
+            "target": "{label}",
+            "files": {"train": str(data / "pairs.jsonl"), "test": str(data / "pairs.jsonl")},
+            "may_be_empty": ["two"],
+        }
+    }
+    write_rows(
+        data / "pairs.jsonl",
+        [{"one": f"cat {n}", "two": "dog", "label": ["no", "yes"][n % 2]} for n in range(7)],
+    )
+    config.data.tasks = ["pairs", "squad"]
+    config.run.dir, config.run.name = str(folder.parent), folder.name
+    model = build_model(model_config(config), torch.float32, seed=config.run.seed)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name in model.trainable_names():
+            model.get_parameter(name).normal_(std=0.3)
+    folder.mkdir()
+    model.save_pretrained(str(folder / "adapter"))
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    return folder
+
+
+TEXTS = [
+    "the cat sat on the mat",
+    "a",
+    "who was far away in the red house",
+    "blue",
+    "dog " * 30,
+    "one two three",
+]
+
+
+def predict_file(run_folder: Path, folder: Path, rows: list, *options: str, code: int = 0) -> list[dict]:
+    source = folder / "in.jsonl"
+    source.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
+    target = folder / "out.jsonl"
+    arguments = [
+        "predict",
+        "--run",
+        str(run_folder),
+        "--input",
+        str(source),
+        "--output",
+        str(target),
+        "--quiet",
+        *options,
+    ]
+    assert main(arguments) == code
+    return [json.loads(line) for line in target.read_text().splitlines()] if code == 0 else []
+
+
+def test_free_text_in_order_whatever_the_window(run_folder, tmp_path, capsys):
+    rows = [{"source": text, "id": f"row-{number}"} for number, text in enumerate(TEXTS * 3)]
+    whole = predict_file(run_folder, tmp_path, rows)
+    assert [row["id"] for row in whole] == [f"row-{number}" for number in range(18)]
+    assert [row["line"] for row in whole] == list(range(1, 19))
+    assert predict_file(run_folder, tmp_path, rows, "--window", "4", "--batch-size", "3") == whole
+    assert len({row["prediction"] for row in whole}) > 2
+    assert "18 rows predicted, 0 skipped" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_predictions_are_the_models_own(run_folder, tmp_path):
+    """Against a direct call of the model, row by row; the base is the random one of the run's seed."""
+    loaded = Choice(run=str(run_folder)).load(Choice(run=str(run_folder)).config())
+    found = predict_file(run_folder, tmp_path, [{"source": text} for text in TEXTS], "--scores")
+    for text, row in zip(TEXTS, found, strict=True):
+        ids = torch.tensor([loaded.tokenizer(text, truncation=True, max_length=48).input_ids])
+        generated = loaded.model.generate(
+            ids, torch.ones_like(ids), task_ids=torch.tensor([-1]), max_new_tokens=6, do_sample=False
+        )
+        assert row["prediction"] == loaded.tokenizer.decode(generated[0], skip_special_tokens=True)
+        labels = generated[:, 1:]
+        likelihood = loaded.model.log_likelihood(ids, torch.ones_like(ids), labels, task_ids=torch.tensor([-1]))
+        assert row["score"] == pytest.approx(likelihood.item(), abs=1e-3)
+
+
+def test_rows_of_several_tasks(run_folder, tmp_path):
+    rows = [
+        {"task": "pairs", "one": "cat", "two": "dog"},
+        {"source": "free"},
+        {"task": "pairs", "one": "x", "two": ""},
+        {"task": "squad", "question": "who sat ?", "context": ""},
+        {"text": "free too"},
+    ]
+    found = predict_file(run_folder, tmp_path, rows)
+    assert [row["line"] for row in found] == [1, 2, 3, 4, 5]
+    direct = predict_file(run_folder, tmp_path, [{"one": "cat", "two": "dog"}], "--task", "pairs")
+    assert direct[0]["prediction"] == found[0]["prediction"]
+
+
+def test_questions_answer_as_in_evaluation(run_folder, tmp_path):
+    """The same questions through `predict` and through the evaluation loop: chunks, scores and the choice
+    among them.
+    """
+    choice = Choice(run=str(run_folder))
+    config = choice.config()
+    loaded = choice.load(config)
+    from hdscale.data.tasks import get_task
+    from hdscale.data.tasks.mrqa.read import questions
+
+    squad = get_task("squad", config.data)
+    asked = list(questions(squad, "test", config.data))
+    evaluate_split(
+        loaded.model,
+        loaded.tokenizer,
+        squad,
+        "test",
+        config.eval,
+        data=config.data,
+        folder=tmp_path / "e",
+        step=1,
+        task_id=1,
+    )
+    expected = json.loads((tmp_path / "e" / "squad.test.official.json").read_text())
+    rows = [{"qid": one.qid, "question": one.question, "context": one.context} for one in asked]
+    found = predict_file(run_folder, tmp_path, rows, "--task", "squad")
+    assert {row["id"]: row["prediction"] for row in found} == expected
+    assert len(found) == 11
+
+
+BAD = {
+    "not JSON": (b"{oops", "line 2: not JSON"),
+    "no object": (b"[1]", "line 2: must be a JSON object, not list"),
+    "no text": (b'{"sourc": "x"}', "line 2: no field 'source'; did you mean 'sourc'?"),
+    "empty": (b'{"source": "  "}', "line 2: field 'source' is empty or no text"),
+    "number": (b'{"source": 3}', "line 2: field 'source' is empty or no text"),
+    "bytes": (b'{"source": "\xff"}', "line 2: not UTF-8"),
+    "unknown task": (b'{"task": "pears"}', "line 2: data: unknown task 'pears'; did you mean 'pairs'?"),
+    "task no name": (b'{"task": 3}', "line 2: field 'task' must be a name"),
+    "no column": (b'{"task": "pairs", "one": "x"}', "line 2: no column 'two'"),
+    "empty column": (
+        b'{"task": "pairs", "one": "", "two": "x"}',
+        "line 2: column 'one' of task pairs is empty",
+    ),
+    "column a list": (b'{"task": "pairs", "one": [1], "two": "x"}', "line 2: column 'one' holds a list"),
+    "no context": (b'{"task": "squad", "question": "x"}', "line 2: field 'context' of task squad is missing"),
+}
+
+
+@pytest.fixture(scope="module")
+def find_task(run_folder):
+    from hdscale.data.tasks import get_task
+
+    config = Choice(run=str(run_folder)).config()
+    return lambda name: get_task(name, config.data)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows_say_line_and_field(find_task, case):
+    raw, message = BAD[case]
+    with pytest.raises(BadRow) as caught:
+        parse(2, raw, None, find_task)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_bad_rows_are_skipped_or_fatal(run_folder, tmp_path, capsys):
+    rows = [{"source": "cat"}, *(raw for raw, _ in BAD.values()), b"", {"source": "dog"}]
+    found = predict_file(run_folder, tmp_path, rows, "--on-error", "skip")
+    assert [row["line"] for row in found] == [1, len(BAD) + 3]
+    said = capsys.readouterr().err
+    assert said.count("skipped line") == len(BAD) and f"2 rows predicted, {len(BAD)} skipped" in said
+    (tmp_path / "out.jsonl").write_text("kept\n")
+    predict_file(run_folder, tmp_path, rows, code=2)
+    assert "hdscale: error: line 2: not JSON" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text() == "kept\n"
+
+
+def test_a_bad_row_behind_the_first_window_leaves_what_is_done(run_folder, tmp_path, capsys):
+    rows = [{"source": text} for text in TEXTS] + [b"{"]
+    predict_file(run_folder, tmp_path, rows, "--window", "3", code=2)
+    assert "line 7: not JSON" in (said := capsys.readouterr().err) and "out.jsonl.partial" in said
+    assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 6
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_bad_first_window_loads_no_model(run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Choice, "load", lambda *_: pytest.fail("loaded"))
+    predict_file(run_folder, tmp_path, [b"{"], code=2)
+
+
+def test_pipes_and_gzip(run_folder, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "in.jsonl.gz"
+    source.write_bytes(gzip.compress(b'\xef\xbb\xbf{"source": "the cat"}\r\n{"source": "a dog"}'))
+    assert main(["predict", "--run", str(run_folder), "--input", str(source), "--output", "-"]) == 0
+    from_file = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"source": "the cat"}\n{"source": "a dog"}\n')))
+    assert main(["predict", "--run", str(run_folder), "--input", "-", "--output", "-"]) == 0
+    assert capsys.readouterr().out == from_file
+    assert [json.loads(line)["line"] for line in from_file.splitlines()] == [1, 2]
+    source.write_bytes(source.read_bytes()[:-12])
+    assert main(["predict", "--run", str(run_folder), "--input", str(source), "--output", "-"]) == 2
+    assert "damaged or cut off after line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "{in}", "--output", "-"], "give either --run DIR"),
+        (["--run", "{run}", "--model", "x", "--input", "{in}", "--output", "-"], "give either --run DIR"),
+        (
+            ["--run", "{tmp}", "--input", "{in}", "--output", "-"],
+            "no config.yaml; --run takes the folder of a finished run",
+        ),
+        (["--model", "nothing", "--input", "{in}", "--output", "-"], "--model nothing: no such folder"),
+        (["--run", "{run}", "--input", "{tmp}/none", "--output", "-"], "--input .*none: no such file"),
+        (["--run", "{run}", "--input", "{in}", "--output", "{tmp}/a/b"], "--output .*: no folder"),
+        (["--run", "{run}", "--input", "{in}", "--output", "{in}"], "is the input too"),
+        (["--run", "{run}", "--input", "{in}", "--output", "{tmp}"], "is a folder"),
+        (
+            ["--run", "{run}", "--input", "{in}", "--output", "-", "--task", "pears"],
+            "unknown task 'pears'; did you mean 'pairs'",
+        ),
+        (
+            ["--run", "{run}", "--input", "{in}", "--output", "-", "data.rot=x"],
+            "unknown key 'data.rot'; did you mean 'data.root'",
+        ),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_loaded(run_folder, tmp_path, monkeypatch, capsys, arguments, message):
+    import re
+
+    monkeypatch.setattr(Choice, "load", lambda *_: pytest.fail("loaded"))
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"source": "x"}\n')
+    places = {"in": source, "run": run_folder, "tmp": tmp_path}
+    assert main(["predict", *(argument.format(**places) for argument in arguments)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.startswith("hdscale: error: ") and said.count("\n") == 1
+    assert source.read_text() == '{"source": "x"}\n'
+
+
+def test_millions_of_rows_in_bounded_memory(monkeypatch):
+    """Rows are read no further than the window, and memory does not grow with their number."""
+    read = 0
+
+    class Lines(io.RawIOBase):
+        def __iter__(self):
+            nonlocal read
+            for number in range(30_000):
+                read += 1
+                yield b'{"source": "%d %s"}\n' % (number, b"x" * 200)
+
+    monkeypatch.setattr(predict.Predictor, "__init__", lambda self: None)
+    monkeypatch.setattr(predict.Predictor, "answer", lambda self, group: [{"line": request.line} for request in group])
+    requests = read_requests(Lines(), None, lambda name: None, lambda error: None)
+    tracemalloc.start()
+    for number, row in enumerate(predict.Predictor().stream(requests, 1000), start=1):
+        assert row["line"] == number
+        assert read <= -(-number // 1000) * 1000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert number == 30_000
+    assert peak < 4e6, f"{peak / 1e6:.1f} MB for windows of 1,000 rows of 0.2 kB"
+
+
+def test_batches_are_halved_where_memory_does_not_suffice(run_folder, monkeypatch):
+    choice = Choice(run=str(run_folder))
+    config = choice.config()
+    predictor = predict.Predictor(choice.load(config), config, batch_size=16)
+    requests = lambda: [Request(number, None, None, text) for number, text in enumerate(TEXTS * 3, start=1)]  # noqa: E731
+    whole = predictor.answer(requests())
+    decode, sizes = Decoder.__call__, []
+
+    def small(self, rows, numbers):
+        sizes.append(len(rows))
+        if len(rows) > 5:
+            raise torch.OutOfMemoryError("no")
+        return decode(self, rows, numbers)
+
+    monkeypatch.setattr(Decoder, "__call__", small)
+    assert predictor.answer(requests()) == whole
+    assert sizes == [16, 8, 4, 4, 4, 4, 2] and predictor.batch_size == 4
+    monkeypatch.setattr(Decoder, "__call__", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    assert main_says_no_memory(predictor, requests())
+
+
+def main_says_no_memory(predictor, requests) -> bool:
+    with pytest.raises(predict.UserError, match="not one row can be decoded"):
+        predictor.answer(requests)
+    return predictor.batch_size == 1
+
+
+def test_labels_are_cut_and_free_text_is_not(run_folder, find_task):
+    choice = Choice(run=str(run_folder))
+    config = choice.config(["eval.num_beams=3"])
+    predictor = predict.Predictor(choice.load(config), config)
+    longest = max(len(predictor.loaded.tokenizer(label).input_ids) for label in ("no", "yes"))
+    assert predictor.decoding(find_task("pairs")) == Decoding(longest, 3)
+    assert predictor.decoding(None) == Decoding(6, 3)
+    assert (predictor.task_id(find_task("squad")), predictor.task_id(None)) == (1, -1)

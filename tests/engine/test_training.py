@@ -1,0 +1,202 @@
+"""The training step: one gradient however the batch is cut, the same under every ZeRO stage, and loud failures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hdscale.engine.deepspeed_engine import dropout_seed
+from hdscale.engine.optimizer import build_optimizer, learning_rate_factor
+from hdscale.ops.backend import availability
+from tests.helpers.tiny import save_tiny_t5
+from tests.helpers.toy import ToyModel, global_batch, settings
+
+ZERO = {
+    "zero1": {"deepspeed": "ds_configs/zero1_bf16.json", "dtype": "bf16"},
+    "zero2": {"deepspeed": "ds_configs/zero2_bf16.json", "dtype": "bf16"},
+    "offload": {"deepspeed": "ds_configs/zero2_offload_bf16.json", "dtype": "bf16"},
+    "zero3": {"deepspeed": "ds_configs/zero3_bf16.json", "dtype": "bf16"},
+    # every weight is partitioned: ZeRO-3 keeps those below its threshold whole, and here they are all small
+    "zero3_small": {"deepspeed": "tests/helpers/zero3_no_persistent_bf16.json", "dtype": "bf16"},
+}
+
+
+def reference_gradient(reduction: str = "mean") -> dict[str, torch.Tensor]:
+    """The gradient of the whole batch's loss by plain autograd in float64."""
+    model = ToyModel(dropout=0.0).double()
+    batch = global_batch(0)
+    loss_sum, tokens = model(**batch)
+    (loss_sum / tokens if reduction == "mean" else loss_sum).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Largest difference relative to the largest entry of each tensor."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        error = (found[name].double() - value.double()).abs().max() / value.abs().max()
+        assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("world_size, micro", [(1, 8), (1, 3), (2, 4), (2, 1), (4, 2)])
+def test_gradient_is_that_of_the_global_batch(rank_pool, world_size, micro):
+    for found in rank_pool(world_size).run("tests.helpers.engine_jobs:gradient", {"micro": micro}):
+        assert_close(found, reference_gradient(), 1e-5)
+
+
+def test_gradient_of_the_sum(rank_pool):
+    results = rank_pool(2).run("tests.helpers.engine_jobs:gradient", {"micro": 2, "loss_reduction": "sum"})
+    assert_close(results[0], reference_gradient("sum"), 1e-5)
+
+
+def test_every_zero_stage_trains_alike(rank_pool):
+    """Same losses to bf16's rounding; masters and working weights identical on all ranks."""
+    results = rank_pool(2).run(
+        "tests.helpers.engine_jobs:train", {"variants": list(ZERO.values()), "steps": 6, "micro": 2}
+    )
+    first, second = results
+    for (name, _), here, there in zip(ZERO.items(), first, second, strict=True):
+        assert here["losses"] == there["losses"], name
+        assert here["losses"] == pytest.approx(first[1]["losses"], abs=2e-3), name
+        for kind in ("masters", "weights"):
+            assert all(torch.equal(here[kind][key], there[kind][key]) for key in here[kind]), (name, kind)
+        trained = [key for key in here["masters"]]
+        rounded = {key: here["masters"][key].bfloat16().float() for key in trained}
+        assert all(torch.equal(rounded[key], here["weights"][key]) for key in trained), name
+    assert first[1]["losses"][-1] != first[1]["losses"][0]
+
+
+def test_world_sizes_follow_each_other(rank_pool):
+    """Without dropout 1, 2 and 4 ranks differ only by the order of their sums."""
+    losses = {
+        world_size: rank_pool(world_size).run(
+            "tests.helpers.engine_jobs:train",
+            {"variants": [{"dropout": 0.0, "max_steps": 30}], "steps": 20, "micro": 2},
+        )[0][0]["losses"]
+        for world_size in (1, 2, 4)
+    }
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[4] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[1][-1] < 0.9 * losses[1][0]
+
+
+def test_clipping_bounds_the_update(rank_pool):
+    """The norm that is reported is the one before clipping."""
+    variants = [{"dropout": 0.0, "gradient_clipping": clip} for clip in (0.0, 1e-3)]
+    free, clipped = rank_pool(2).run("tests.helpers.engine_jobs:train", {"variants": variants, "steps": 1})[0]
+    wanted = math.sqrt(sum(float((g**2).sum()) for g in reference_gradient().values()))
+    assert free["norms"][0] == pytest.approx(wanted, rel=1e-4)
+    assert clipped["norms"][0] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fault, stage", [("loss", "zero2"), ("gradient", "zero2"), ("gradient", "zero1"), ("gradient", "zero3_small")]
+)
+def test_a_nan_stops_the_run(rank_pool, tmp_path, fault, stage):
+    """On every rank, with the step, tasks and ids; the last checkpoint stays as it was, and where the device is waited for
+    (not under ZeRO-2 in bf16) the weights do too."""
+    results = rank_pool(2).run(
+        "tests.helpers.engine_jobs:non_finite", {"fault": fault, "folder": str(tmp_path), **ZERO[stage]}
+    )
+    for result in results:
+        assert result["step"] == 3
+        assert result["unchanged"] or stage == "zero2"
+        assert result["message"].startswith("step 3: ")
+        assert (
+            "tasks task0, task1" in result["message"] and "2-0-0" in result["message"] and "2-1-3" in result["message"]
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+def test_a_step_waits_for_nothing_on_the_device(rank_pool, tmp_path):
+    """No number is read on the host within a step of ZeRO-2 in bf16, DeepSpeed's own norm, clipping and overflow check included."""
+    base = str(save_tiny_t5(tmp_path / "base", vocabulary=64))
+    for found in rank_pool(2).run("tests.helpers.engine_jobs:waits_of_a_step", {"base": base, **ZERO["zero2"]}):
+        assert found["step"] == []
+        # the ear hears: a number that is read afterwards is noticed
+        assert found["after"]
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3", "zero3_small"])
+def test_ranks_may_evaluate_different_numbers_of_batches(rank_pool, stage):
+    first, second = rank_pool(2).run("tests.helpers.engine_jobs:evaluate_unevenly", ZERO[stage], timeout=60)
+    assert first == second
+
+
+def test_schedule_is_that_of_transformers():
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 5, 20)
+    for step in range(22):
+        assert learning_rate_factor(step, 5, 20) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_model_may_give_parameters_their_own_rate():
+    model = ToyModel()
+    model.learning_rates = lambda default: {"shared": 10 * default}
+    groups = build_optimizer(model, settings(learning_rate=0.5).train, fused=False).param_groups
+    rates = {group["peak_lr"]: sum(p.numel() for p in group["params"]) for group in groups}
+    assert rates == {0.5: 7 * 10 + 7 + 10 * 7 + 10, 5.0: 49}
+    model.learning_rates = lambda default: {"embedding.weight": 1.0}
+    with pytest.raises(KeyError, match="embedding.weight"):
+        build_optimizer(model, settings().train, fused=False)
+
+
+def test_dropout_seeds_differ():
+    seeds = {dropout_seed(*key) for key in [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (-1, 0, 0, 0)]}
+    assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
+    assert dropout_seed(3, 4, 5, 6) == dropout_seed(3, 4, 5, 6)
+
+
+def test_collectives(rank_pool):
+    for rank, result in enumerate(rank_pool(3).run("tests.helpers.engine_jobs:collectives")):
+        assert result["any"] is True and result["all"] is False and result["max"] == 6
+        assert result["sums"] == [3.0, 4.5]
+        assert result["objects"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+        assert result["broadcast"] == "from 0" and result["main"] == 10, rank
+        assert result["mistake"] == "no such file; look elsewhere"
+
+
+def test_a_hyperdecoder_under_zero_2_and_3(rank_pool, tmp_path):
+    """Trains alike, decodes uneven batches between steps, and repeats a step bit for bit after loading a checkpoint."""
+    base = save_tiny_t5(tmp_path / "base", vocabulary=64)
+    small = {"dim": 5}
+    method = {"name": "hyperdecoder", "encoder": small, "decoder": small, "hypernet": {"bottleneck": 6}}
+    first, second = rank_pool(2).run(
+        "tests.helpers.engine_jobs:adapted_model",
+        {
+            "base": str(base),
+            "folder": str(tmp_path),
+            "methods": [method],
+            "variants": [ZERO["zero2"], ZERO["zero3_small"]],
+        },
+    )
+    for here, there in zip(first, second, strict=True):
+        assert here["losses"] == there["losses"] and here["again"] == here["losses"][-1]
+        assert all(torch.equal(here["masters"][name], there["masters"][name]) for name in here["masters"])
+        assert here["losses"] == pytest.approx(first[0]["losses"], rel=0.01)
+
+
+@pytest.mark.skipif(not availability("cpp").usable, reason="no C++ kernels here")
+@pytest.mark.parametrize("stage, tolerance", [("fp32", 1e-4), ("zero2", 0.03), ("zero3_small", 0.03)])
+def test_compiled_adapters_have_the_gradients_of_plain_ones(rank_pool, tmp_path, stage, tolerance):
+    """On two ranks: `method.backend` cpp against torch, heads shared by the layers (ZeRO-2) and not (ZeRO-3)."""
+    base = save_tiny_t5(tmp_path / "base", vocabulary=64)
+    small = {"dim": 5}
+    methods = [
+        {"name": "hyperdecoder", "encoder": small, "decoder": small, "hypernet": {"bottleneck": 6}, "backend": backend}
+        for backend in ("cpp", "torch")
+    ]
+    arguments = {"base": str(base), "methods": methods, "variant": ZERO.get(stage, {})}
+    for compiled, plain in rank_pool(2).run("tests.helpers.engine_jobs:adapted_gradients", arguments):
+        assert compiled["backends"] == {"cpp"} and plain["backends"] == {"torch"}
+        assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-5 if stage == "fp32" else 2e-3)
+        assert compiled["gradients"].keys() == plain["gradients"].keys()
+        norm = torch.cat([value.flatten() for value in plain["gradients"].values()]).norm()
+        for name, value in plain["gradients"].items():
+            assert (compiled["gradients"][name] - value).norm() <= tolerance * max(value.norm(), 1e-3 * norm), name

@@ -1,0 +1,308 @@
+"""The evaluation loop: global batches, ranks, streaming, going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hdscale.errors import UserError
+from hdscale.evaluation import decode, evaluate
+from hdscale.evaluation.decode import Decoder, Decoding, find_batch_size, global_batches
+from hdscale.evaluation.settings import EvalSettings
+from hdscale.runs.ranks import SingleProcess
+from tests.helpers.evaluation_jobs import TinyModel, evaluate_job, make_tasks, word_tokenizer
+from tests.helpers.ranks import RankFailure
+
+JOB = "tests.helpers.evaluation_jobs:evaluate_job"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Tasks on 23 rows (uneven for every number of ranks and batch size used) and their whole evaluation by
+    one process.
+    """
+    folder = tmp_path_factory.mktemp("evaluation")
+    tasks, data = make_tasks(folder)
+    whole = evaluate_job(SingleProcess(), list(tasks.values()), data, str(folder / "whole"))
+    return tasks, data, folder / "whole", whole
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All prediction files of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.jsonl"))}
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 9))
+def test_global_batches_hold_each_row_once_longest_first(lengths, size):
+    batches = global_batches(lengths, size)
+    rows = [row for batch in batches for row in batch]
+    assert sorted(rows) == list(range(len(lengths)))
+    assert all(len(batch) == size for batch in batches[:-1]) and 1 <= len(batches[-1]) <= size
+    ordered = [lengths[row] for row in rows]
+    assert ordered == sorted(ordered, reverse=True)
+
+
+def test_predictions_hold_every_row_in_order(world):
+    tasks, data, folder, whole = world
+    for name in ("labelled", "written"):
+        records = [json.loads(line) for line in (folder / f"{name}.test.jsonl").read_text().splitlines()]
+        assert [record["id"] for record in records] == [f"test-{row}" for row in range(23)]
+        assert len({record["prediction"] for record in records}) > 3 or name == "labelled"
+    chunks = [json.loads(line) for line in (folder / "squad.test.jsonl").read_text().splitlines()]
+    assert len({chunk["question"] for chunk in chunks}) == 11 < len(chunks) == whole["notes"]["squad"]["chunks"]
+    assert all(round(chunk["score"], decode.SCORE_DECIMALS) == chunk["score"] < 0 for chunk in chunks)
+    assert not list(folder.glob("*.part*"))
+    assert max(len(whole["batches"]), 1) == whole["calls"]
+
+
+def test_one_and_three_ranks_write_the_same_bytes(world, rank_pool, tmp_path):
+    tasks, data, folder, whole = world
+    found = {}
+    for size in (1, 3):
+        results = rank_pool(size).run(
+            JOB, {"tasks": list(tasks.values()), "data": data, "folder": str(tmp_path / str(size))}
+        )
+        found[size] = contents(tmp_path / str(size))
+        assert all(result["metrics"] == whole["metrics"] for result in results)
+        assert all(result["averages"] == whole["averages"] for result in results)
+        assert len({result["calls"] for result in results}) == 1, "should_stop must be called equally often"
+        assert sum(len(result["batches"]) for result in results) == len(whole["batches"])
+        assert results[0]["progress"][-1] == ("squad", *(2 * [whole["notes"]["squad"]["chunks"]]))
+    assert found[1] == found[3]
+    assert len(found[1]) == 3
+
+
+def test_interrupted_evaluation_goes_on_at_another_number_of_ranks(world, rank_pool, tmp_path):
+    tasks, data, folder, whole = world
+    job = {"tasks": list(tasks.values()), "data": data, "folder": str(tmp_path)}
+    first = rank_pool(2).run(JOB, job | {"stop_after": 2})
+    assert all(result["stopped"] for result in first)
+    assert list(tmp_path.glob("*.part*"))
+    second = rank_pool(3).run(JOB, job | {"stop_after": 3})
+    assert all(result["stopped"] for result in second)
+    last = evaluate_job(SingleProcess(), list(tasks.values()), data, str(tmp_path))
+    done = sum(len(result["batches"]) for result in [*first, *second])
+    assert done > 4 and len(last["batches"]) == len(whole["batches"]) - done, "no batch is decoded twice"
+    assert last["metrics"] == whole["metrics"]
+    assert contents(tmp_path) == contents(folder)
+
+
+def test_a_torn_line_is_decoded_again_and_nothing_else(world, tmp_path):
+    tasks, data, folder, whole = world
+    one = [tasks["written"]]
+    assert evaluate_job(SingleProcess(), one, data, str(tmp_path), stop_after=3)["stopped"]
+    part = next(tmp_path.glob("*.part0.jsonl"))
+    part.write_bytes(part.read_bytes()[:-20])
+    assert len(evaluate_job(SingleProcess(), one, data, str(tmp_path))["batches"]) == 6 - 2
+    assert contents(tmp_path)["written.test.jsonl"] == contents(folder)["written.test.jsonl"]
+
+
+def test_a_crash_in_mid_batch_loses_only_that_batch(world, tmp_path, monkeypatch):
+    tasks, data, folder, whole = world
+    generate = TinyModel.generate
+
+    def fails_at_the_third(self, *args, **kwargs):
+        if len(self.batches) == 2:
+            raise RuntimeError("power cut")
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(TinyModel, "generate", fails_at_the_third)
+    with pytest.raises(RuntimeError, match="power cut"):
+        evaluate_job(SingleProcess(), [tasks["written"]], data, str(tmp_path))
+    monkeypatch.undo()
+    again = evaluate_job(SingleProcess(), [tasks["written"]], data, str(tmp_path))
+    assert len(again["batches"]) == 6 - 2
+    assert contents(tmp_path)["written.test.jsonl"] == contents(folder)["written.test.jsonl"]
+
+
+def test_finished_predictions_are_used_again_only_for_the_same_step_rows_and_batches(world, tmp_path):
+    tasks, data, folder, whole = world
+    one = [tasks["labelled"]]
+    run = lambda **changes: len(evaluate_job(SingleProcess(), one, data, str(tmp_path), **changes)["batches"])  # noqa: E731
+    assert run() == 6
+    assert run() == 0
+    assert run(step=8) == 6
+    assert run(step=8, limit=10) == 3
+    assert run(step=8, limit=10, batch_size=5) == 2
+    (tmp_path / "labelled.test.stamp.json").write_text("{")
+    assert run(step=8, limit=10, batch_size=5) == 2
+
+
+def test_parts_of_another_step_are_not_mixed_in(world, tmp_path):
+    tasks, data, folder, whole = world
+    assert evaluate_job(SingleProcess(), [tasks["written"]], data, str(tmp_path), stop_after=4, step=6)["stopped"]
+    assert len(evaluate_job(SingleProcess(), [tasks["written"]], data, str(tmp_path))["batches"]) == 6
+    assert contents(tmp_path)["written.test.jsonl"] == contents(folder)["written.test.jsonl"]
+
+
+def test_a_limit_keeps_whole_questions(world, tmp_path):
+    tasks, data, folder, whole = world
+    found = evaluate_job(SingleProcess(), [tasks["squad"]], data, str(tmp_path), limit=4)
+    chunks = [json.loads(line) for line in (tmp_path / "squad.test.jsonl").read_text().splitlines()]
+    every = [json.loads(line) for line in (folder / "squad.test.jsonl").read_text().splitlines()]
+    wanted = [chunk["id"] for chunk in every if chunk["question"] in {"q0", "q1", "q2", "q3"}]
+    assert [chunk["id"] for chunk in chunks] == wanted
+    assert found["notes"]["squad"]["rows"] == 4
+
+
+def test_batch_size_is_found_once_and_stored(world, tmp_path, monkeypatch):
+    tasks, data, folder, whole = world
+    monkeypatch.setattr(evaluate, "CPU_BATCH_SIZE", 5)
+    assert evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), batch_size=None)["batches"] == [
+        5,
+        5,
+        5,
+        5,
+        3,
+    ]
+    monkeypatch.setattr(evaluate, "CPU_BATCH_SIZE", 9)
+    assert (
+        evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), batch_size=None, step=8)["batches"][0]
+        == 5
+    )
+    assert json.loads((tmp_path / evaluate.BATCH_SIZES).read_text()) == {"labelled.test": 5}
+
+
+def test_batch_size_fits_every_rank(rank_pool):
+    assert rank_pool(2).run("tests.helpers.evaluation_jobs:batch_size_job", {"capacity": [40, 9]}) == [8, 8]
+
+
+def test_no_memory_for_one_row():
+    def attempt(size: int) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    with pytest.raises(UserError, match="not one row"):
+        find_batch_size(attempt)
+
+
+def test_what_fails_on_rank_zero_fails_on_all(rank_pool, tmp_path):
+    with pytest.raises(RankFailure, match="No such file"):
+        rank_pool(2).run("tests.helpers.evaluation_jobs:failing_job", {"folder": str(tmp_path)})
+
+
+def test_label_tasks_stop_at_their_longest_label(world):
+    tasks, data, _, _ = world
+    tokenizer = word_tokenizer()
+    assert evaluate.task_decoding(tasks["labelled"], tokenizer, EvalSettings(), 64) == Decoding(2, 1)
+    assert evaluate.task_decoding(tasks["written"], tokenizer, EvalSettings(), 64) == Decoding(9, 3)
+    squad = evaluate.task_decoding(tasks["squad"], tokenizer, EvalSettings(num_beams=2), 8)
+    assert (squad.max_new_tokens, squad.num_beams, squad.min_new_tokens) == (64, 2, 0)
+
+
+def test_summaries_have_their_beams_and_no_empty_output():
+    from hdscale.data.tasks import get_task
+
+    for name, beams in (("xsum", 6), ("cnn_dailymail", 4), ("wiki_lingua", 4)):
+        assert evaluate.task_decoding(get_task(name), word_tokenizer(), EvalSettings(), 128) == Decoding(60, beams, 1)
+
+
+def rows_of(texts: list[str]) -> list:
+    from hdscale.data.batches import Row
+
+    tokenizer = word_tokenizer()
+    return [Row(tokenizer(text).input_ids, [1], 0, f"r{number}", "t") for number, text in enumerate(texts)]
+
+
+def test_scores_are_summed_log_likelihoods_with_the_end_token():
+    """Against a loop over positions of the model's own softmax, one row at a time; the empty answer is scored
+    too.
+    """
+    model, tokenizer = TinyModel().eval(), word_tokenizer()
+    rows = rows_of(["cat sat on mat", "who ran", "red red blue green far away dog", "where ?"])
+    with torch.no_grad():  # </s> likelier, so that lengths differ
+        model.base.shared.weight[1] *= 1.5
+    found = Decoder(model, tokenizer, Decoding(6), scored=True)(rows, range(4))
+    generated = model.base.generate(
+        input_ids=decode.pad([row.input_ids for row in rows], 0)[0],
+        attention_mask=decode.pad([row.input_ids for row in rows], 0)[1], max_new_tokens=6, do_sample=False,
+    )  # fmt: skip
+    for row, prediction, ids in zip(rows, found, generated.tolist(), strict=True):
+        ids = ids[1:]
+        ids = ids[: ids.index(1) + 1] if 1 in ids else ids
+        total = 0.0
+        for position, token in enumerate(ids):
+            logits = model.base(
+                input_ids=torch.tensor([row.input_ids]),
+                decoder_input_ids=torch.tensor([[0, *ids[:position]]]),
+            ).logits[0, -1]
+            total += torch.log_softmax(logits, dim=-1)[token].item()
+        assert prediction.score == pytest.approx(total, abs=2e-3)
+        assert prediction.tokens == len(ids)
+    with torch.no_grad():
+        empty = model.log_likelihood(*decode.pad([rows[0].input_ids], 0), torch.tensor([[1]]))
+    assert empty.shape == (1,) and empty.item() < 0
+
+
+def test_kept_tokens_end_with_the_first_end_token():
+    generated = torch.tensor([[5, 1, 0, 0], [1, 0, 0, 0], [5, 6, 7, 8], [5, 1, 6, 1]])
+    kept = decode.tokens_kept(generated, eos_id=1, pad_id=0)
+    assert kept.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_dropout_is_off_and_the_training_flag_comes_back():
+    model, tokenizer = TinyModel().train(), word_tokenizer()
+    rows = rows_of(["cat sat on mat", "who ran"])
+    one = Decoder(model, tokenizer, Decoding(5), scored=True)(rows, [0, 1])
+    assert model.training and model.base.training
+    assert one == Decoder(model, tokenizer, Decoding(5), scored=True)(rows, [0, 1])
+
+
+def test_task_ids_reach_the_model(world):
+    assert world[3]["task_ids"] == [5] * 23
+
+
+def test_lockstep_ranks_make_equally_many_passes(world, rank_pool, tmp_path):
+    """ZeRO-3 gathers weights collectively: a rank without a batch repeats one, and generates as long as the
+    others do.
+    """
+    tasks, data, folder, whole = world
+    job = {
+        "tasks": [tasks["written"]],
+        "data": data,
+        "folder": str(tmp_path),
+        "batch_size": 6,
+        "lockstep": True,
+    }
+    results = rank_pool(3).run(JOB, job)
+    assert [len(result["batches"]) for result in results] == [2, 2, 2]
+    assert results[0]["metrics"]["written"] == whole["metrics"]["written"]
+
+
+def test_an_empty_split_is_the_users_to_mend(world, tmp_path):
+    tasks, data, _, _ = world
+    with pytest.raises(UserError, match="its test split has no rows"):
+        evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), limit=0)
+
+
+def test_merge_refuses_missing_rows(world, tmp_path):
+    tasks, data, _, _ = world
+    assert evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), stop_after=2)["stopped"]
+    part = next(tmp_path.glob("*.part0.jsonl"))
+    stamp = json.loads(part.read_text().splitlines()[0])
+    examples = [None] * 23
+    with pytest.raises(RuntimeError, match="15 of 23 rows are in no part file"):
+        evaluate.merge(
+            decode.PartFiles(tmp_path, "labelled.test", stamp), tmp_path / "x.jsonl", examples, False, 1, 0.0
+        )
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    target = tmp_path / "kept.jsonl"
+    target.write_text("old\n")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"), decode.atomic_writer(target) as stream:
+        stream.write("new\n")
+    assert target.read_text() == "old\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.jsonl"]
+    shutil.rmtree(tmp_path)

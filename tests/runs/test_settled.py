@@ -1,0 +1,47 @@
+"""What a run chooses once and keeps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hdscale.runs.settled import Settled
+from hdscale.engine.token_budget import parse_token_budget
+from hdscale.errors import UserError
+
+
+def test_ranks_keep_what_rank_0_found(rank_pool, tmp_path):
+    path = tmp_path / "settled.json"
+    for _ in range(2):
+        for found in rank_pool(2).run("tests.helpers.engine_jobs:settle", {"path": str(path)}):
+            assert found == {"first": 0, "again": 0, "other": "both"}
+    assert json.loads(path.read_text()) == {"number": 0, "other": "both"}
+
+
+@pytest.mark.parametrize("content", ['{"number": ', "[1, 2]"])
+def test_a_torn_file_is_one_line(rank_pool, tmp_path, content):
+    path = tmp_path / "settled.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="settled.json .*; remove it"):
+        Settled(path, Alone())
+
+
+class Alone:
+    """One rank."""
+
+    def on_main(self, function, *args):
+        return function(*args)
+
+
+@pytest.mark.parametrize(
+    "value, stage, found", [(None, 2, None), ("4096", 3, 4096), ("auto", 2, "auto"), ("auto", 1, "auto")]
+)
+def test_token_budgets(value, stage, found):
+    assert parse_token_budget(value, stage) == found
+
+
+@pytest.mark.parametrize("value, stage", [("auto", 3), ("0", 2), ("-5", 2), ("1.5", 2), ("many", 2)])
+def test_wrong_token_budgets(value, stage):
+    with pytest.raises(UserError, match="train.tokens_per_micro_batch"):
+        parse_token_budget(value, stage)

@@ -1,0 +1,1 @@
+"""What made the assets that the package carries: not installed."""

@@ -1,0 +1,1 @@
+"""The quick start's base model: its tokenizer and its pre-training."""

@@ -43,6 +43,11 @@ def report(error: UserError, show: bool = True) -> None:
             file.write(f"{error}\n")
 
 
+def one_line(error: Exception | str) -> str:
+    """A message without line breaks."""
+    return " ".join(str(error).split())
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word nearest to `word`, or all known words where none is near."""
     known = [str(name) for name in known]

@@ -46,7 +46,7 @@ from hdscale.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    from hdscale.commands.cli import add_config_arguments
+    from hdscale.commands.arguments import add_config_arguments
 
     add_config_arguments(parser, required=False)
     parser.add_argument("--sweep", nargs="+", metavar="key=a,b", default=[], help="one job array over all combinations")

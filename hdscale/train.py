@@ -370,7 +370,7 @@ def preempted(log: RunLog, step: int) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from hdscale.commands.cli import add_config_arguments
+    from hdscale.commands.arguments import add_config_arguments
 
     add_config_arguments(parser)
     parser.add_argument("--fresh", action="store_true", help="start anew; an earlier run of this name is moved aside")

@@ -61,13 +61,3 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         return EXIT_USER_ERROR
     except BrokenPipeError:
         return 0
-
-
-def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """`--config FILE [key=value ...]`, the same for every verb that reads a configuration."""
-    parser.add_argument("--config", metavar="FILE", required=required, help="YAML file (see configs/)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

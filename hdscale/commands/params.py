@@ -84,7 +84,7 @@ def count_paper_rows(keys: Sequence[str]) -> list[tuple[PaperTable, PaperRow, Pa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from hdscale.commands.cli import add_config_arguments
+    from hdscale.commands.arguments import add_config_arguments
 
     add_config_arguments(parser, required=False)
     parser.add_argument(

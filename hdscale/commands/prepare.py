@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hdscale.bases.fingerprint import fingerprint_weights
-from hdscale.commands.cli import add_config_arguments
+from hdscale.commands.arguments import add_config_arguments
 from hdscale.config import Config, load_config
 from hdscale.data.checksums import sha256
 from hdscale.data.hub import find_on_hub

@@ -354,7 +354,7 @@ def gb(value: float) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    from hdscale.commands.cli import add_config_arguments
+    from hdscale.commands.arguments import add_config_arguments
 
     add_config_arguments(parser, required=False)
     parser.add_argument("--gpu", default="a100-80gb", help=f"one of {', '.join(DEVICES)} (default: a100-80gb)")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from hdscale.modeling import build_model, greedy
+from hdscale.bases import greedy
+from hdscale.modeling import build_model
 from tests.helpers.adapted import method_config, random_batch, relative_error, shaken, tiny_base
 from tests.modeling.test_model import METHODS, SIZES
 

@@ -1,24 +1,26 @@
 """Settings of the base model (`model.*`)."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Literal, Optional
 
-from hdscale.settings import setting
+from hdscale.settings import Settings, setting
 
 
 @dataclass
-class ModelSettings:
+class ModelSettings(Settings):
     """The frozen base: a T5-family encoder-decoder."""
 
     name: str = setting("t5-v1_1-small", "hub id, local folder, or built-in size (random weights) of a T5-family model")
     revision: Optional[str] = setting(None, "revision of the hub checkpoint (branch, tag or commit)")
     tokenizer: Optional[str] = setting(None, "hub id or folder of the tokenizer; default: the model's own")
-    attention: str = setting("sdpa", "attention implementation of transformers: sdpa or eager")
-    activation_checkpointing: str = setting("none", "recompute activations in: none, encoder, decoder or all")
+    attention: Literal["sdpa", "eager"] = setting("sdpa", "attention implementation of transformers: sdpa or eager")
+    activation_checkpointing: Literal["none", "encoder", "decoder", "all"] = setting(
+        "none", "recompute activations in the backward pass of: none, encoder, decoder or all"
+    )
     packing: bool = setting(
         False,
-        "train the encoder on a micro-batch's tokens in one sequence without padding (meant for a GPU: FlexAttention); its attention "
-        "has no dropout of probabilities then, and all instances must share the encoder's adapters",
+        "train the encoder on a micro-batch's tokens as one sequence without padding (for GPUs: FlexAttention); "
+        "attention probabilities then have no dropout, and all instances must share the encoder's adapters",
     )
-    dropout: Optional[float] = setting(None, "dropout rate of the base; default: its own (0.1)")
-    init_adapter: Optional[str] = setting(None, "folder of exported trainables to start from (warm start)")
+    dropout: Optional[float] = setting(None, "dropout rate of the base; default: its own (0.1)", at_least=0, below=1)
+    init_adapter: Optional[str] = setting(None, "folder of exported trainable parameters to start from (warm start)")

@@ -1,47 +1,78 @@
 """Settings of training and of the run (`train.*`, `run.*`)."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Literal, Optional
 
-from hdscale.settings import setting
+from hdscale.errors import UserError
+from hdscale.settings import Settings, setting
+
+AUTO = "auto"
 
 
 @dataclass
-class TrainSettings:
+class TrainSettings(Settings):
     """Optimisation (Section 3.2) and how a global batch is computed."""
 
-    max_steps: int = setting(65536, "optimizer steps")
-    epochs: Optional[float] = setting(None, "epochs over the mixture, in place of max_steps")
-    global_batch_size: int = setting(128, "instances of one step, whatever the number of ranks")
+    max_steps: int = setting(65536, "optimizer steps", at_least=1)
+    epochs: Optional[float] = setting(None, "epochs over the mixture, in place of max_steps", above=0)
+    global_batch_size: int = setting(128, "instances per step, whatever the number of ranks", at_least=1)
     micro_batch_size: Optional[int] = setting(
-        None, "instances of one forward pass of a rank; default: all of the rank's"
+        None, "instances per forward pass of a rank; default: all of the rank's", at_least=1
     )
     tokens_per_micro_batch: Optional[str] = setting(
         None,
-        "most source and target tokens of one forward pass, padding included: a number, or auto (tried once, then kept "
-        "with the run); null: as many rows in each",
+        "most source and target tokens per forward pass, padding included: a number, or auto (measured once, then kept "
+        "for the run); null: the same number of rows in each pass",
     )
-    sort_by_length: bool = setting(True, "micro-batches of rows of like length: the same gradient, less padding")
-    learning_rate: float = setting(3e-4, "peak learning rate of AdamW")
-    warmup_steps: int = setting(500, "linear warm-up; then linear decay to 0 at max_steps")
-    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
-    gradient_clipping: float = setting(1.0, "clip the global gradient norm (0: off)")
-    label_smoothing: float = setting(0.0, "label smoothing (the release used 0.1 with a summed loss)")
-    loss_reduction: str = setting("mean", "loss over the global batch's target tokens: mean or sum")
-    dtype: str = setting("bf16", "numbers of the frozen base and of the computation: bf16 or fp32; masters are fp32")
-    compile: str = setting("auto", "torch.compile of the stacks: off, on or auto (off on CPU)")
-    checkpoint_every: int = setting(1000, "save a checkpoint every so many steps")
-    keep_checkpoints: int = setting(2, "checkpoints kept (the newest ones)")
-    log_every: int = setting(10, "write metrics every so many steps")
+    sort_by_length: bool = setting(True, "micro-batches of rows of similar length: the same gradient, less padding")
+    learning_rate: float = setting(3e-4, "peak learning rate of AdamW", at_least=0)
+    warmup_steps: int = setting(500, "linear warm-up; then linear decay to 0 at max_steps", at_least=0)
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", at_least=0)
+    gradient_clipping: float = setting(1.0, "clip the global gradient norm (0: off)", at_least=0)
+    label_smoothing: float = setting(
+        0.0, "label smoothing (the release used 0.1 with a summed loss)", at_least=0, at_most=1
+    )
+    loss_reduction: Literal["mean", "sum"] = setting("mean", "loss over the global batch's target tokens: mean or sum")
+    dtype: Literal["bf16", "fp32"] = setting(
+        "bf16", "data type of the frozen base and of the computation: bf16 or fp32; master weights are fp32"
+    )
+    compile: Literal["off", "on", "auto"] = setting(
+        "auto", "torch.compile of the encoder and decoder: off, on or auto (off on CPU)"
+    )
+    checkpoint_every: int = setting(1000, "save a checkpoint every this many steps", at_least=1)
+    keep_checkpoints: int = setting(2, "number of newest checkpoints to keep", at_least=1)
+    log_every: int = setting(10, "write metrics every this many steps", at_least=1)
+
+    def validate(self, prefix: str = "train.") -> None:
+        """Also check `tokens_per_micro_batch`, which is a number, auto or null."""
+        super().validate(prefix)
+        value = self.tokens_per_micro_batch
+        if value is not None and value != AUTO and not (value.isdigit() and int(value) >= 1):
+            raise UserError(
+                f"{prefix}tokens_per_micro_batch={value}: must be a number of tokens of at least 1, auto, or null"
+            )
+
+    @property
+    def tokens_found_automatically(self) -> bool:
+        """Whether the run measures by itself how many tokens a pass should have."""
+        return self.tokens_per_micro_batch == AUTO
+
+    @property
+    def token_budget(self) -> Optional[int]:
+        """Most tokens per pass, or None: a fixed number of rows per pass, or a number that the run still has to find."""
+        value = self.tokens_per_micro_batch
+        return None if value is None or value == AUTO else int(value)
 
 
 @dataclass
-class RunSettings:
+class RunSettings(Settings):
     """Name and place of the run."""
 
     name: str = setting("run", "name of the run: its folder in run.dir")
     dir: str = setting("runs", "folder of all runs")
-    seed: int = setting(42, "seed of initialisation, data order and dropout")
-    threads: Optional[int] = setting(None, "CPU threads of a rank; default: what torch finds or OMP_NUM_THREADS")
+    seed: int = setting(42, "seed of initialisation, data order and dropout", at_least=0, below=2**63)
+    threads: Optional[int] = setting(
+        None, "CPU threads per rank; default: OMP_NUM_THREADS, or what torch chooses", at_least=1
+    )
     tensorboard: bool = setting(False, "write TensorBoard events beside metrics.jsonl")
     wandb: Optional[str] = setting(None, "Weights & Biases project to log to")

@@ -1,29 +1,32 @@
 """Settings of evaluation (`eval.*`)."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Literal, Optional
 
-from hdscale.settings import setting
+from hdscale.settings import Settings, setting
 
 
 @dataclass
-class EvalSettings:
+class EvalSettings(Settings):
     """When, on how much and how the model is evaluated by generation."""
 
-    every: int = setting(1000, "evaluate on the validation sets every so many steps (0: only at the end)")
-    limit: Optional[int] = setting(None, "at most so many validation rows a task (the test is always whole)")
-    test_limit: Optional[int] = setting(None, "at most so many test rows a task (for trial runs)")
+    every: int = setting(1000, "evaluate on the validation sets every this many steps (0: only at the end)", at_least=0)
+    limit: Optional[int] = setting(
+        None, "most validation rows per task (the test is always complete); default: all", at_least=1
+    )
+    test_limit: Optional[int] = setting(None, "most test rows per task, for trial runs; default: all", at_least=1)
     batch_size: Optional[int] = setting(
         None,
-        "rows of one evaluation batch; default: the largest power of two that fits, found once and stored in the run",
+        "rows per evaluation batch; default: the largest power of two that fits, found once and stored in the run",
+        at_least=1,
     )
     select: str = setting(
         "average",
-        "which checkpoint is best: average (over tasks), metrics (mean over all metrics), per_task, a metric "
-        "name, or last",
+        "which checkpoint is best: average (over tasks), metrics (mean over all metrics), per_task, a metric name, "
+        "or last",
     )
-    num_beams: int = setting(1, "beams where the task does not state its own")
+    num_beams: int = setting(1, "beams where the task does not state its own", at_least=1)
     test: bool = setting(True, "evaluate the test sets at the end")
-    mrqa_score: str = setting(
-        "sum", "a chunk's answer counts by its token log-likelihood: sum, or mean over its tokens"
+    mrqa_score: Literal["sum", "mean"] = setting(
+        "sum", "how a chunk's answer is scored: sum of its tokens' log-likelihoods, or mean over its tokens"
     )

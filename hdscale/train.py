@@ -44,10 +44,10 @@ from hdscale.engine.settings import TrainSettings
 from hdscale.engine.steps import Steps
 from hdscale.engine.token_budget import AUTO, SMALLEST, find_token_budget, parse_token_budget
 from hdscale.errors import EXIT_BROKEN, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, report
-from hdscale.evaluation.averages import check_select, task_score
-from hdscale.evaluation.decode import EvaluationStopped
-from hdscale.evaluation.evaluate import Evaluation, evaluate_tasks
+from hdscale.evaluation.averages import check_select
+from hdscale.evaluation.evaluator import Evaluation, EvaluationStopped, Evaluator
 from hdscale.evaluation.metrics import check_metrics
+from hdscale.evaluation.settings import EvalSettings
 from hdscale.modeling.export import read_trainables
 from hdscale.modeling.hypernetwork import GeneratedAdapterHeads
 from hdscale.modeling.methods import method_class
@@ -56,6 +56,7 @@ from hdscale.ops.backend import availability
 from hdscale.runs.folder import RunFolder
 from hdscale.runs.log import RunLog
 from hdscale.runs.results import final_results, print_results
+from hdscale.runs.scores import task_score
 from hdscale.runs.settled import Settled
 
 
@@ -152,7 +153,18 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
             progress = Progress(**state["progress"])
         log.start(engine.step, config.train.max_steps)
 
-        evaluate = Evaluator(engine, tokenizer, task_ids, config, folder, log, preemption)
+        evaluator = Evaluator(
+            model=model,
+            tokenizer=tokenizer,
+            task_ids=task_ids,
+            settings=config.eval,
+            data=config.data,
+            folder=folder.predictions,
+            ranks=ranks,
+            should_stop=preemption.agreed,
+            lockstep=engine.stage == 3,
+        )
+        evaluate = LoggedEvaluator(engine, evaluator, folder, log)
 
         # ---- the loop: evaluate when due, save when due or asked to stop, else one more step
         with Feed(
@@ -263,16 +275,18 @@ def evaluation_due(config: Config, step: int) -> bool:
 
 
 @dataclasses.dataclass
-class Evaluator:
-    """Evaluates tasks by generation, over all ranks, with what a run has for it."""
+class LoggedEvaluator:
+    """Evaluates the model that the engine trains, and logs the results."""
 
     engine: Engine
-    tokenizer: Any
-    task_ids: dict[str, int]
-    config: Config
+    evaluator: Evaluator
     folder: RunFolder
     log: RunLog
-    preemption: Preemption
+
+    @property
+    def settings(self) -> EvalSettings:
+        """`eval.*`"""
+        return self.evaluator.settings
 
     def __call__(self, tasks: list[Task], split: str, step: int | str, limit: int | None) -> Evaluation:
         """Metrics of the tasks on a split, logged; `step` names what is evaluated.
@@ -280,36 +294,21 @@ class Evaluator:
         Raises:
             EvaluationStopped: if the run is to stop; what is decoded already is found again.
         """
-        engine = self.engine
-        with engine.evaluating() as model:
-            evaluation = evaluate_tasks(
-                model,
-                self.tokenizer,
-                tasks,
-                split,
-                self.config.eval,
-                data=self.config.data,
-                folder=self.folder.predictions,
-                step=step,
-                limit=limit,
-                ranks=engine.ranks,
-                task_ids=self.task_ids,
-                should_stop=self.preemption.agreed,
-                progress=self.log.evaluating(split),
-                lockstep=engine.stage == 3,
-            )
-        self.log.evaluation(engine.step, split, evaluation.metrics(), evaluation.averages, evaluation.selection)
+        with self.engine.evaluating():
+            evaluation = self.evaluator.evaluate(tasks, split, step, limit, self.log.evaluating(split))
+        selection = evaluation.selection(self.settings.select)
+        self.log.evaluation(self.engine.step, split, evaluation.metrics(), evaluation.averages(), selection)
         return evaluation
 
 
-def evaluate_and_keep_best(evaluate: Evaluator, tasks: list[Task], progress: Progress) -> None:
+def evaluate_and_keep_best(evaluate: LoggedEvaluator, tasks: list[Task], progress: Progress) -> None:
     """Evaluate the validation sets; where a score is the best so far, export the trainables of this step."""
-    engine, select = evaluate.engine, evaluate.config.eval.select
-    evaluation = evaluate(tasks, "validation", engine.step, evaluate.config.eval.limit)
-    scores = {"average": evaluation.selection}
-    if select == "per_task":
-        scores = {task.name: task_score(task, evaluation.results[task.name].metrics) for task in tasks}
+    engine, select = evaluate.engine, evaluate.settings.select
+    evaluation = evaluate(tasks, "validation", engine.step, evaluate.settings.limit)
     progress.validation = evaluation.metrics()
+    scores = {"average": evaluation.selection(select)}
+    if select == "per_task":
+        scores = {task: task_score(metrics) for task, metrics in progress.validation.items()}
     improved = [key for key, score in scores.items() if key not in progress.best or score > progress.best[key]["score"]]
     for key in improved:
         progress.best[key] = {"score": scores[key], "step": engine.step}
@@ -319,13 +318,13 @@ def evaluate_and_keep_best(evaluate: Evaluator, tasks: list[Task], progress: Pro
 
 
 def final_evaluation(
-    evaluate: Evaluator, tasks: list[Task], progress: Progress
+    evaluate: LoggedEvaluator, tasks: list[Task], progress: Progress
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
     """Metrics of each task's test split (its validation split where it has none) by the best model for it, and notes.
 
     The engine is left with the weights of the overall best (the first task's, with `eval.select=per_task`).
     """
-    engine, settings = evaluate.engine, evaluate.config.eval
+    engine, settings = evaluate.engine, evaluate.settings
     final: dict[str, dict[str, float]] = {}
     notes: dict[str, dict[str, Any]] = {}
     overall = "average" if "average" in progress.best else next(iter(progress.best), "last")

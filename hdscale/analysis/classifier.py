@@ -26,7 +26,7 @@ from hdscale.data.tokenize import tokenized_split
 from hdscale.engine.optimizer import learning_rate_factor
 from hdscale.errors import UserError
 from hdscale.evaluation.averages import averages
-from hdscale.evaluation.decode import global_batches, model_device, pad
+from hdscale.evaluation.generation import global_batches, model_device, pad_sources
 from hdscale.evaluation.metrics import compute
 from hdscale.load import Choice, Loaded
 from hdscale.modeling.conditioning import masked_mean
@@ -73,7 +73,7 @@ def pool_split(loaded: Loaded, task: Task, split: str, config: Any, limit: int |
     means = torch.empty(count, loaded.model.base.config.d_model)
     for numbers in global_batches([len(rows.row(number).input_ids) for number in range(count)], batch_size):
         sources = [rows.row(number).input_ids for number in numbers]
-        input_ids, mask = pad(sources, loaded.tokenizer.pad_token_id, device)
+        input_ids, mask = pad_sources(sources, loaded.tokenizer.pad_token_id, device)
         task_ids = torch.full((len(numbers),), task_id, dtype=torch.long, device=device)
         with torch.no_grad():
             hidden = loaded.model.encode(input_ids, mask, task_ids).hidden

@@ -58,8 +58,7 @@ def embed_tasks(
     import torch
 
     from hdscale.data.tokenize import tokenized_split
-    from hdscale.evaluation.decode import Decoder, model_device, pad
-    from hdscale.evaluation.evaluate import task_decoding
+    from hdscale.evaluation.generation import Decoder, model_device, pad_sources, task_decoding
 
     vectors, instances = [], []
     device = model_device(loaded.model)
@@ -72,7 +71,7 @@ def embed_tasks(
         for start in range(0, count, batch_size):
             numbers = list(range(start, min(start + batch_size, count)))
             batch = [rows.row(number) for number in numbers]
-            input_ids, mask = pad([row.input_ids for row in batch], loaded.tokenizer.pad_token_id, device)
+            input_ids, mask = pad_sources([row.input_ids for row in batch], loaded.tokenizer.pad_token_id, device)
             task_ids = torch.full((len(batch),), task_id, dtype=torch.long, device=device)
             vectors.append(loaded.model.embed(input_ids, mask, task_ids).float().cpu().numpy())
             instances += [

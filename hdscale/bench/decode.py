@@ -24,7 +24,7 @@ from hdscale.bench.rows import EvaluationSet, add_row_arguments, check_sizes, ev
 from hdscale.bench.step import matmul_peak, timed
 from hdscale.bench.variants import DTYPES, as_released, hyperdecoder_settings, released_encode
 from hdscale.data.batches import Row, collate
-from hdscale.evaluation.decode import global_batches
+from hdscale.evaluation.generation import global_batches
 from hdscale.modeling import build_model
 from hdscale.modeling.model import AdaptedModel
 

@@ -124,7 +124,7 @@ def evaluation_sets(args: argparse.Namespace, most_rows: int | None = None) -> l
     """GLUE's validation sets, or their first rows; with other lengths than real ones, sets of like sizes and lengths."""
     if args.lengths == "real":
         from hdscale.data.tokenize import tokenized_split
-        from hdscale.evaluation.evaluate import task_decoding
+        from hdscale.evaluation.generation import task_decoding
         from hdscale.evaluation.settings import EvalSettings
 
         tasks, tokenizer, settings = real_tasks(args)

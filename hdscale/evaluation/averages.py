@@ -1,6 +1,4 @@
-"""From metrics of tasks to the averages that the paper's tables state, and the majority-class baseline beside
-them.
-"""
+"""The averages of the paper's tables, the number by which checkpoints are compared, and the majority-class baseline."""
 
 from __future__ import annotations
 
@@ -9,38 +7,26 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from hdscale.data.tasks import Example, Task
+from hdscale.data.tasks.mrqa.read import IN_DOMAIN, OUT_OF_DOMAIN
 from hdscale.errors import UserError
 from hdscale.evaluation.metrics import compute
+from hdscale.runs.scores import task_score
 
 
-def task_score(task: Any, metrics: Mapping[str, float]) -> float:
-    """The one number of a task in an average: ROUGE-2 of a summarisation task, F1 of a QA task, else the mean
-    of its metrics.
-
-    So a GLUE task with two metrics counts their mean (Table 1), MRQA counts F1 (Tables 4, 5) and Table 6
-    counts ROUGE-2 alone.
-    """
-    if task.kind == "text" and "rouge2" in metrics:
-        return metrics["rouge2"]
-    if task.kind == "qa" and "f1" in metrics:
-        return metrics["f1"]
-    return fmean(metrics.values())
-
-
-def averages(tasks: Sequence[Any], results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def averages(tasks: Sequence[Task], results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """All averages that apply to these tasks.
 
     Args:
         tasks: the tasks that were evaluated.
-        results: {task name: {metric: value ×100}}.
+        results: {task name: {metric: value x100}}.
 
     Returns:
-        `average`: mean over tasks of `task_score` (the tables' average). Where summarisation and label tasks
-            are mixed, Table 6's
-        `summarisation` (ROUGE-2), `nli` and `overall` (the mean of these two). Where MRQA sets are among the
-        tasks, `in_domain_f1`, `in_domain_em`, `out_of_domain_f1`, `out_of_domain_em` over the sets at hand.
+        `average`: the mean over tasks of `task_score` (the tables' average). With both summarisation and label tasks,
+        Table 6's `summarisation` (ROUGE-2), `nli` and `overall` (the mean of these two). With MRQA sets,
+        `in_domain_f1`, `in_domain_em`, `out_of_domain_f1`, `out_of_domain_em`, each over the sets that were evaluated.
     """
-    scores = {task.name: task_score(task, results[task.name]) for task in tasks}
+    scores = {task.name: task_score(results[task.name]) for task in tasks}
     found = {"average": fmean(scores.values())}
     summaries = [scores[task.name] for task in tasks if task.kind == "text" and "rouge2" in results[task.name]]
     labels = [scores[task.name] for task in tasks if task.kind == "label"]
@@ -55,24 +41,22 @@ def averages(tasks: Sequence[Any], results: Mapping[str, Mapping[str, float]]) -
     return found
 
 
-def task_domain(task: Any) -> str | None:
+def task_domain(task: Task) -> str | None:
     """`in_domain` or `out_of_domain` for a set of the MRQA shared task, None for any other task."""
-    from hdscale.data.tasks.mrqa.read import IN_DOMAIN, OUT_OF_DOMAIN
-
     if task.kind != "qa":
         return None
     return "in_domain" if task.name in IN_DOMAIN else "out_of_domain" if task.name in OUT_OF_DOMAIN else None
 
 
 def metrics_average(
-    tasks: Sequence[Any],
+    tasks: Sequence[Task],
     results: Mapping[str, Mapping[str, float]],
     notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> float:
     """What the paper's release selects checkpoints by: the mean over all metrics of all tasks.
 
-    As there, XSum counts with ROUGE-2 alone, and the other summarisation tasks with all ROUGE values and with
-    their mean generation length in tokens (`generated_tokens` of the notes, if given).
+    As in the release, XSum counts with ROUGE-2 alone; the other summarisation tasks count with all ROUGE values and
+    with their mean generation length in tokens (`generated_tokens` of the notes, if given).
     """
     values: list[float] = []
     for task in tasks:
@@ -89,15 +73,15 @@ def metrics_average(
 
 def selection_score(
     select: str,
-    tasks: Sequence[Any],
+    tasks: Sequence[Task],
     results: Mapping[str, Mapping[str, float]],
     notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> float:
     """The number by which `eval.select` compares checkpoints: higher is better.
 
-    `average` and `per_task` use the tables' average (for `per_task` the caller compares `task_score` task by
-    task), `metrics` the release's mean over metrics; another word is one of `averages` (`overall`,
-    `in_domain_f1`), a metric (mean over the tasks that have it) or `task.metric`.
+    `average` and `per_task` use the tables' average (for `per_task` the caller compares `task_score` task by task),
+    `metrics` uses the release's mean over metrics. Any other value names one of `averages` (`overall`,
+    `in_domain_f1`), a metric (its mean over the tasks that have it) or `task.metric`.
     """
     check_select(select, tasks)
     if select == "metrics":
@@ -113,24 +97,22 @@ def selection_score(
     return fmean(results[task.name][select] for task in tasks if select in task.metrics)
 
 
-def check_select(select: str, tasks: Sequence[Any]) -> None:
-    """Raise UserError if `eval.select` names nothing that these tasks have; cheap, to be called before
-    training.
-    """
+def check_select(select: str, tasks: Sequence[Task]) -> None:
+    """Raise UserError if `eval.select` names no score of these tasks. Cheap: call it before training."""
     metrics = {metric for task in tasks for metric in task.metrics}
     dotted = {f"{task.name}.{metric}" for task in tasks for metric in task.metrics}
     example = {task.name: dict.fromkeys(task.metrics, 0.0) for task in tasks}
     known = {"average", "metrics", "per_task", "last", *averages(tasks, example), *metrics, *dotted}
     if select not in known:
         always = ["average", "metrics", "per_task", "last"]
-        here = [*always, *sorted(known - dotted - {*always})]
-        raise UserError(f"eval.select={select} names nothing here; known: {', '.join(here)}, or task.metric")
+        names = [*always, *sorted(known - dotted - {*always})]
+        raise UserError(
+            f"eval.select={select} is not a score of these tasks; choose one of {', '.join(names)}, or task.metric"
+        )
 
 
 def majority_predictions(train_targets: Sequence[str], rows: int) -> list[str]:
-    """The most frequent training target (the first in sorted order among equals), once for each of `rows`
-    rows.
-    """
+    """The most frequent training target (of equally frequent ones the first in sorted order), once per row."""
     counts = Counter(train_targets)
     if not counts:
         raise UserError("no training rows: the majority-class baseline needs them")
@@ -138,8 +120,6 @@ def majority_predictions(train_targets: Sequence[str], rows: int) -> list[str]:
     return [most] * rows
 
 
-def majority_baseline(task: Any, train_targets: Sequence[str], examples: Sequence[Any]) -> dict[str, float]:
-    """The metrics of predicting the most frequent training target for every row: what a model must beat to
-    have learned.
-    """
+def majority_baseline(task: Task, train_targets: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """The metrics of predicting the most frequent training target for every row: a model that learns must beat them."""
     return compute(task, majority_predictions(train_targets, len(examples)), examples)

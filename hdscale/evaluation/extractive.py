@@ -1,30 +1,40 @@
-"""Extractive-QA checkpoints on MRQA tasks: the likeliest span of each window, then the same protocol as for
-generated answers.
-"""
+"""Extractive-QA checkpoints on MRQA tasks: the likeliest span of each window, then the same protocol as for generated
+answers."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from hdscale.data.batches import pad_rows
 from hdscale.data.settings import DataSettings
-from hdscale.data.tasks import Task
+from hdscale.data.tasks import Example, Task
 from hdscale.data.tasks.mrqa.read import questions
-from hdscale.data.tasks.task import Example
 from hdscale.errors import UserError
-from hdscale.evaluation.decode import SCORE_DECIMALS, Decoding, Prediction, pad
+from hdscale.evaluation.evaluator import SplitEvaluator, SplitInputs
+from hdscale.evaluation.generation import SCORE_DECIMALS, Decoding, Prediction, pad_sources
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_ANSWER_TOKENS = 30
-"""Longest span that is considered (the habit of SQuAD's extractive baselines)."""
+"""Length of the longest span considered (as in SQuAD's extractive baselines)."""
+
+
+def check_extractive(tasks: Sequence[Task]) -> None:
+    """Raise UserError for a task whose answers are not spans of its contexts."""
+    for task in tasks:
+        if not task.chunked:
+            raise UserError(f"task {task.name}: an extractive checkpoint can only be evaluated on MRQA tasks")
 
 
 @dataclasses.dataclass(slots=True)
 class Window:
-    """Question and a part of the context as the model's tokenizer pairs them."""
+    """A question and a part of its context, as the model's tokenizer pairs them."""
 
     id: str
     input_ids: list[int]
@@ -35,7 +45,7 @@ class Window:
 
 
 class Windows:
-    """All windows of a split, in the order of the questions; what `evaluate_rows` reads."""
+    """All windows of a split, in the order of the questions: the rows that an `ExtractiveEvaluator` decodes."""
 
     def __init__(self, windows: list[Window]) -> None:
         self.windows = windows
@@ -49,13 +59,12 @@ class Windows:
 
 
 def windows_of(
-    task: Task, split: str, tokenizer: Any, data: DataSettings, limit: int | None
+    task: Task, split: str, tokenizer: PreTrainedTokenizerBase, data: DataSettings, limit: int | None
 ) -> tuple[Windows, list[Example]]:
-    """The windows of a split's questions, and one example for each of them (its question is the example's
-    `group`).
+    """The windows of a split's questions, and one example for each window (its `group` is the question's id).
 
     Raises:
-        UserError: the tokenizer knows no offsets.
+        UserError: the tokenizer does not map tokens to characters.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
@@ -87,29 +96,38 @@ def windows_of(
     return Windows(windows), examples
 
 
-def shortened(text: str, tokenizer: Any, most: int) -> str:
-    """The beginning of a question that would leave less than half of the window to the context."""
+def shortened(text: str, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
+    """The first `most` tokens of a question: a longer one would leave less than half of the window to the context."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return text if len(offsets) <= most else text[: offsets[most - 1][1]]
 
 
 class SpanDecoder:
-    """The best span of each window; `score` is the sum of its start and end logits, comparable between
-    windows of a question.
+    """A `BatchDecoder` that marks the best span of each window.
+
+    `score` is the sum of its start and end logits, comparable between the windows of a question.
     """
 
     decoding = Decoding(MAX_ANSWER_TOKENS)
-    scored, task_id, lockstep = True, None, False
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def at_full_length(self) -> SpanDecoder:
+        """Itself: the memory of a batch does not depend on the answers."""
+        return self
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Window], numbers: Sequence[int]) -> list[Prediction]:
-        input_ids, attention_mask = pad([row.input_ids for row in rows], self.tokenizer.pad_token_id, self.model.device)
+        sources = [row.input_ids for row in rows]
+        input_ids, attention_mask = pad_sources(sources, self.tokenizer.pad_token_id, self.device)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if getattr(self.model.config, "type_vocab_size", 0) > 1:  # BERT's segments; RoBERTa and DistilBERT have none
-            inputs["token_type_ids"] = pad([row.token_types for row in rows], 0, self.model.device)[0]
+            inputs["token_type_ids"] = pad_rows([row.token_types for row in rows], 0).to(self.device)
         found = self.model(**inputs)
         starts, ends = found.start_logits.float().cpu().numpy(), found.end_logits.float().cpu().numpy()
         predictions = []
@@ -120,8 +138,9 @@ class SpanDecoder:
 
 
 def best_span(window: Window, starts: np.ndarray, ends: np.ndarray) -> tuple[str, int, float]:
-    """(text, tokens, score) of the likeliest span of context tokens, at most `MAX_ANSWER_TOKENS` long; empty
-    without context.
+    """(text, tokens, score) of the likeliest span of context tokens, at most `MAX_ANSWER_TOKENS` long.
+
+    The text is empty if there is no context.
     """
     inside = [place for place, offset in enumerate(window.offsets) if offset is not None and offset[0] < offset[1]]
     if not inside:
@@ -135,3 +154,26 @@ def best_span(window: Window, starts: np.ndarray, ends: np.ndarray) -> tuple[str
     begin, end = window.offsets[low + first], window.offsets[low + last]
     assert begin is not None and end is not None  # both are context tokens by the mask
     return window.context[begin[0] : end[1]], int(last - first + 1), float(sums[first, last])
+
+
+@dataclasses.dataclass(kw_only=True)
+class ExtractiveEvaluator(SplitEvaluator):
+    """Evaluates an extractive-QA checkpoint on MRQA tasks.
+
+    Attributes:
+        model: of transformers, with a head that gives start and end logits.
+        tokenizer: the model's, a fast one.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def inputs(self, task: Task, split: str, limit: int | None) -> SplitInputs[Window]:
+        """The windows of the first `limit` questions.
+
+        Raises:
+            UserError: see `check_extractive` and `windows_of`.
+        """
+        check_extractive([task])
+        windows, examples = windows_of(task, split, self.tokenizer, self.data, limit)
+        return SplitInputs(windows, examples, SpanDecoder(self.model, self.tokenizer))

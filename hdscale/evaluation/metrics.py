@@ -1,9 +1,7 @@
-"""Metrics as `evaluate.Metric` subclasses inside the package, so that nothing is fetched from the hub at run
-time.
+"""Metrics as `evaluate.Metric` subclasses inside the package, so that nothing is fetched from the hub at run time.
 
-Every value is ×100 (correlations too), as in the paper's tables. Predictions are generated strings: a string
-that is none of a task's labels, or not a number, is a wrong prediction and is counted in the notes that go
-with the metrics.
+Every value is x100 (correlations too), as in the paper's tables. Predictions are generated strings: a string that is
+not one of a task's labels, or not a number, is a wrong prediction and is counted in the notes that go with the metrics.
 """
 
 from __future__ import annotations
@@ -21,15 +19,15 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
+from hdscale.data.tasks import Example, Task
 from hdscale.errors import UserError, nearest
 from hdscale.evaluation.text import exact_match, parse_number, punkt_splitter, split_sentences, token_f1
 
 UNREADABLE_NUMBER = -1.0
-"""What a prediction that is no number stands for in a correlation (T5's convention: outside the scale, at its
-lower end).
-"""
+"""The value in a correlation of a prediction that is not a number (T5's convention: outside the scale, at its lower
+end)."""
 OTHER = "<neither>"
-"""The class of all predictions that are none of the task's labels."""
+"""The class of all predictions that are not one of the task's labels."""
 
 _STRINGS = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
 _MANY_REFERENCES = datasets.Features(
@@ -38,16 +36,13 @@ _MANY_REFERENCES = datasets.Features(
 
 
 class TextMetric(evaluate.Metric):
-    """A metric of generated strings against one gold string each, or against a list of them
-    (`many_references`).
-    """
+    """A metric of generated strings against one gold string each, or against a list of them (`many_references`)."""
 
     description = ""
     many_references = False
 
     def __init__(self, **options: Any) -> None:
-        # in memory, and its (empty) working folder beside other temporary files: a home folder may be
-        # read-only or full
+        # in memory, with its (empty) working folder among the temporary files: a home folder may be read-only or full
         with tempfile.TemporaryDirectory(prefix="hdscale-metric-") as folder:
             super().__init__(keep_in_memory=True, cache_dir=folder, seed=0, **options)
 
@@ -61,7 +56,7 @@ class TextMetric(evaluate.Metric):
 
 
 class Accuracy(TextMetric):
-    """Share of predictions that equal the gold label, ×100."""
+    """Share of predictions that equal the gold label, x100."""
 
     description = "accuracy of generated labels"
 
@@ -70,8 +65,8 @@ class Accuracy(TextMetric):
 
 
 class BinaryF1(TextMetric):
-    """F1 of the positive class, ×100; a prediction that is neither label counts as the wrong one (false
-    positive or negative).
+    """F1 of the positive class, x100; a prediction that is neither label counts as the wrong label (a false positive or
+    a false negative).
     """
 
     description = "binary F1 of generated labels"
@@ -90,9 +85,7 @@ class BinaryF1(TextMetric):
 
 
 class MacroF1(TextMetric):
-    """Unweighted mean over the task's labels of each label's F1, ×100; other predictions are misses of the
-    gold label.
-    """
+    """Unweighted mean of the F1 of each of the task's labels, x100; other predictions are misses of the gold label."""
 
     description = "macro-averaged F1 of generated labels"
 
@@ -105,7 +98,7 @@ class MacroF1(TextMetric):
 
 
 class Matthews(TextMetric):
-    """Matthews correlation, ×100; predictions that are no label form one further class, never right
+    """Matthews correlation, x100; predictions that are not a label form one more class, which is never right
     (multi-class coefficient).
     """
 
@@ -119,10 +112,10 @@ class Matthews(TextMetric):
 
 
 class Correlations(TextMetric):
-    """Pearson and Spearman correlation of generated numbers, ×100.
+    """Pearson and Spearman correlation of generated numbers, x100.
 
-    Any number decodes; what is none stands for `UNREADABLE_NUMBER`. An undefined correlation (all predictions
-    equal) is 0.
+    Any number counts as it is, anything else as `UNREADABLE_NUMBER`. An undefined correlation (all predictions equal)
+    is 0.
     """
 
     description = "Pearson and Spearman correlation of generated numbers"
@@ -134,7 +127,7 @@ class Correlations(TextMetric):
         if len(gold) < 2:
             return {"pearson": 0.0, "spearman": 0.0}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scipy warns of constant input; the value is set to 0 below
+            warnings.simplefilter("ignore")  # scipy warns about constant input; the value is set to 0 below
             values = {
                 "pearson": stats.pearsonr(predicted, gold).statistic,
                 "spearman": stats.spearmanr(predicted, gold).statistic,
@@ -143,11 +136,10 @@ class Correlations(TextMetric):
 
 
 class Rouge(TextMetric):
-    """ROUGE-1, -2, -L and -Lsum F-measure with the Porter stemmer, mean over rows, ×100; the best of several
-    references.
+    """ROUGE-1, -2, -L and -Lsum F-measure with the Porter stemmer, mean over rows, x100, the best over references.
 
-    For Lsum a text is split into sentences by NLTK's punkt if its data are on this machine, else by
-    `split_sentences`; `splitter_name()` says which.
+    For Lsum a text is split into sentences by NLTK's punkt if its data are on this machine, otherwise by
+    `split_sentences`; `sentence_splitter()` says which.
     """
 
     description = "ROUGE of generated summaries"
@@ -167,9 +159,7 @@ class Rouge(TextMetric):
 
 
 class ExtractiveQA(TextMetric):
-    """Exact match and token F1 under SQuAD's normalisation, the best over all gold answers, mean over
-    questions, ×100.
-    """
+    """Exact match and token F1 under SQuAD's normalisation, the best over gold answers, mean over questions, x100."""
 
     description = "exact match and token F1 of generated answers"
     many_references = True
@@ -192,7 +182,7 @@ METRICS: dict[str, dict[str, type[TextMetric]]] = {
 
 
 class Scores(NamedTuple):
-    """Metrics (×100) of one task, and what a reader must know beside them."""
+    """Metrics (x100) of one task, and what a reader must know about them."""
 
     metrics: dict[str, float]
     notes: dict[str, Any]
@@ -205,10 +195,8 @@ def sentence_splitter() -> tuple[str, Callable[[str], list[str]]]:
     return ("punkt", punkt) if punkt else ("rules", split_sentences)
 
 
-def check_metrics(task: Any) -> None:
-    """Raise UserError if a task names a metric that its kind does not have, or a binary one without two
-    labels.
-    """
+def check_metrics(task: Task) -> None:
+    """Raise UserError if a task names a metric that its kind does not have, or a binary one without two labels."""
     known = METRICS.get(task.kind)
     if known is None:
         raise UserError(f"task {task.name}: unknown kind '{task.kind}'{nearest(str(task.kind), METRICS)}")
@@ -221,13 +209,13 @@ def check_metrics(task: Any) -> None:
             raise UserError(f"task {task.name}: metric f1 needs exactly two labels; use macro_f1 for more")
 
 
-def compute(task: Any, predictions: Sequence[str], examples: Sequence[Any]) -> dict[str, float]:
-    """The task's metrics, ×100, of one generated string for each example.
+def compute(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """The task's metrics, x100, of one generated string for each example.
 
     Args:
-        task: a `hdscale.data.tasks.Task` (its `kind`, `labels` and `metrics` are read).
+        task: its `kind`, `labels` and `metrics` are read.
         predictions: generated texts, in the order of `examples`.
-        examples: `Example`s with `target`, and `references` where several gold texts count.
+        examples: with `target`, and `references` where several gold texts count.
 
     Raises:
         UserError: no rows, or a metric that the task's kind does not have.
@@ -236,10 +224,8 @@ def compute(task: Any, predictions: Sequence[str], examples: Sequence[Any]) -> d
     return compute_scores(task, predictions, examples).metrics
 
 
-def compute_scores(task: Any, predictions: Sequence[str], examples: Sequence[Any]) -> Scores:
-    """`compute`, with notes: rows, unreadable predictions (label and number tasks), the sentence splitter
-    (ROUGE).
-    """
+def compute_scores(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> Scores:
+    """`compute`, with notes: rows, unreadable predictions (label and number tasks), the sentence splitter (ROUGE)."""
     check_metrics(task)
     if len(predictions) != len(examples):
         raise ValueError(f"{len(predictions)} predictions for {len(examples)} examples of {task.name}")
@@ -260,18 +246,13 @@ def compute_scores(task: Any, predictions: Sequence[str], examples: Sequence[Any
     return Scores({name: values[name] for name in task.metrics}, notes)
 
 
-def gold_texts(example: Any) -> list[str]:
+def gold_texts(example: Example) -> list[str]:
     """All gold texts of an example: its references, or its target where it has none."""
-    references = getattr(example, "references", None)
-    if not references:
-        return [example.target]
-    return [references] if isinstance(references, str) else list(references)
+    return list(example.references) if example.references else [example.target]
 
 
-def count_unreadable(task: Any, predictions: Sequence[str]) -> int | None:
-    """How many predictions are none of the labels (label tasks) or no number (number tasks); None for other
-    kinds.
-    """
+def count_unreadable(task: Task, predictions: Sequence[str]) -> int | None:
+    """How many predictions are not a label (label tasks) or not a number (number tasks); None for other kinds."""
     if task.kind == "label" and task.labels:
         return sum(text not in task.labels for text in predictions)
     if task.kind == "number":

@@ -1,34 +1,31 @@
-"""Lines of JSON to what the model reads: free text, a task's columns, or a question with its context cut into
-chunks.
-"""
+"""JSON lines to what a model reads: free text, a task's columns, or a question with its context cut into chunks."""
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks import Task
 from hdscale.data.tasks.mrqa.chunks import chunks_of_questions
 from hdscale.data.tasks.mrqa.read import Question, clean, make_question
 from hdscale.data.tasks.task import cell_text, fields, fill
-from hdscale.errors import UserError, nearest
+from hdscale.errors import UserError, nearest, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FREE_TEXT = ("source", "text")
-"""Columns of a row that names no task; the first that it has is read as it is."""
+"""Columns of a row that names no task: the text of the first one that the row has is read as it is."""
 
 
 @dataclasses.dataclass(slots=True)
 class Request:
-    """One input row: its line, the id it brought, its task (None: free text), and the token ids of its
-    pieces.
+    """One input row: its line, its own id, its task (None: free text), and the token ids of its pieces.
 
-    All rows have one piece but questions with a long context, which have one for each chunk.
+    A question has one piece per chunk of its context, every other row has one piece.
     """
 
     line: int
@@ -43,35 +40,24 @@ class Request:
 
 
 class BadRow(UserError):
-    """A row that cannot be used; the message begins with its line."""
-
-
-def open_input(name: str) -> IO[bytes]:
-    """A stream of bytes: standard input for `-`, unpacked for `.gz`.
-
-    Raises:
-        UserError: no such file.
-    """
-    if name == "-":
-        return sys.stdin.buffer
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"--input {name}: no such file")
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    """A row that cannot be used; the message begins with the row's line."""
 
 
 def read_requests(
-    stream: IO[bytes],
+    stream: Iterable[bytes],
     default: Task | None,
     find_task: Callable[[str], Task],
     report: Callable[[BadRow], None],
 ) -> Iterator[Request]:
-    """The rows of a JSON lines stream, in order, in bounded memory; blank lines are passed over.
+    """The rows of JSON lines, in order, in bounded memory; blank lines are skipped.
 
     Args:
         default: the task of rows that name none.
-        find_task: the task of a name in a row's `task`.
+        find_task: finds the task that a row's `task` names.
         report: called for each row that cannot be used; it raises, or returns to skip the row.
+
+    Raises:
+        UserError: the input ends in the middle of an archive.
     """
     number = 0
     try:
@@ -83,15 +69,15 @@ def read_requests(
             except BadRow as error:
                 report(error)
     except (EOFError, OSError) as error:
-        # a cut-off archive has no further rows: skipping cannot go past it
-        raise UserError(f"input damaged or cut off after line {number} ({' '.join(str(error).split())})") from error
+        # nothing can be read behind the damage: such a row cannot be skipped
+        raise UserError(f"the input is damaged or cut off after line {number} ({one_line(error)})") from error
 
 
 def parse(number: int, raw: bytes, default: Task | None, find_task: Callable[[str], Task]) -> Request:
     """One row.
 
     Raises:
-        BadRow: naming the line and what is wrong.
+        BadRow: it names the line and what is wrong.
     """
     where = f"line {number}"
     try:
@@ -117,7 +103,11 @@ def parse(number: int, raw: bytes, default: Task | None, find_task: Callable[[st
 
 
 def source_of(task: Task | None, row: Mapping[str, Any], where: str) -> str | Question:
-    """What the model is to read for a row."""
+    """What the model reads for a row.
+
+    Raises:
+        UserError: a field is missing, empty or not a text.
+    """
     if task is None:
         for name in FREE_TEXT:
             if name in row:
@@ -125,11 +115,11 @@ def source_of(task: Task | None, row: Mapping[str, Any], where: str) -> str | Qu
         raise UserError(
             f"{where}: no field '{FREE_TEXT[0]}'{nearest(FREE_TEXT[0], row)}; or name a task by --task or in 'task'"
         )
-    if task.reader == "hdscale.data.tasks.mrqa.read":
-        record = {"qid": "", "answers": [], "question": row.get("question")}
+    if task.chunked:
+        record: dict[str, Any] = {"qid": "", "answers": [], "question": row.get("question")}
         for name in ("question", "context"):
             if not isinstance(row.get(name), str):
-                raise UserError(f"{where}: field '{name}' of task {task.name} is missing or no text")
+                raise UserError(f"{where}: field '{name}' of task {task.name} is missing or not a text")
         question = make_question(task, where, clean(row["context"]), record, {})
         assert question is not None  # nothing seen before
         return question
@@ -141,28 +131,28 @@ def source_of(task: Task | None, row: Mapping[str, Any], where: str) -> str | Qu
 
 
 def whole_text(value: Any, name: str, where: str) -> str:
-    """A text that a tokenizer can read: not empty, lone surrogates replaced."""
+    """A text that a tokenizer can read: not empty, with lone surrogates replaced."""
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: field '{name}' is empty or no text")
+        raise UserError(f"{where}: field '{name}' is empty or not a text")
     return clean(value)
 
 
-def tokenize_requests(requests: list[Request], tokenizer: Any, data: DataSettings) -> None:
-    """Fill in the pieces of requests, all at once."""
-    plain = [request for request in requests if not request.chunked]
+def tokenize_requests(requests: Sequence[Request], tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> None:
+    """Fill in the pieces of requests, those with plain text all at once."""
+    plain = [(request, request.source) for request in requests if isinstance(request.source, str)]
     if plain:
         encoded = tokenizer(
-            [request.source for request in plain],
+            [source for _, source in plain],
             truncation=True,
             max_length=data.max_source_length,
             padding=False,
             return_attention_mask=False,
         )
-        for request, ids in zip(plain, encoded["input_ids"], strict=True):
+        for (request, _), ids in zip(plain, encoded["input_ids"], strict=True):
             request.pieces = [ids]
     for request in requests:
-        if request.chunked:
+        if isinstance(request.source, Question):
             chunks = chunks_of_questions(
                 [request.source], tokenizer, data.max_source_length, data.chunk_overlap, training=False
             )
-            request.pieces = [list(chunk.input_ids) for chunk in chunks]
+            request.pieces = [list(chunk.input_ids or ()) for chunk in chunks]

@@ -8,6 +8,8 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+import nltk
+
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _SENTENCE_END = re.compile(r"""(?<=[.!?])(?:["'”’)\]]*)\s+(?=["'“‘(\[]*[^\W_a-z])""")
@@ -17,7 +19,7 @@ _ABBREVIATION = re.compile(
     re.IGNORECASE,
 )
 LARGEST_NUMBER = 1e6
-"""A generated number beyond this counts as unreadable: it would decide a correlation by itself."""
+"""A generated number larger than this counts as unreadable: it would decide a correlation by itself."""
 
 
 def normalize_answer(text: str) -> str:
@@ -32,10 +34,9 @@ def exact_match(prediction: str, answers: Iterable[str]) -> float:
 
 
 def token_f1(prediction: str, answers: Iterable[str]) -> float:
-    """Best F1 over the gold answers of the bags of normalised tokens; 0.0 where no token is shared.
+    """The best F1, over the gold answers, of the bags of normalised tokens; 0.0 where no token is shared.
 
-    As in the official SQuAD v1.1 and MRQA definition, an empty prediction scores 0 even against an empty gold
-    answer.
+    As in the official SQuAD v1.1 and MRQA definition, an empty prediction scores 0 even against an empty gold answer.
     """
     predicted = Counter(normalize_answer(prediction).split())
     best = 0.0
@@ -50,7 +51,7 @@ def token_f1(prediction: str, answers: Iterable[str]) -> float:
 
 
 def parse_number(text: str) -> float | None:
-    """The number that a generated text states, or None where it states none (or not a finite, sane one)."""
+    """The number that a generated text states, or None where it states none, an infinite or a far too large one."""
     if "_" in text:  # float() would read Python's own "1_000"
         return None
     try:
@@ -61,12 +62,10 @@ def parse_number(text: str) -> float | None:
 
 
 def punkt_splitter() -> Callable[[str], list[str]] | None:
-    """NLTK's punkt for English as `text -> list of sentences` if its data are on this machine, else None.
+    """NLTK's punkt for English as `text -> list of sentences` if its data are on this machine, otherwise None.
 
     Nothing is downloaded here; `python -m nltk.downloader punkt_tab` fetches the data (`NLTK_DATA` names their folder).
     """
-    import nltk
-
     try:
         nltk.data.find("tokenizers/punkt_tab/english")
         nltk.sent_tokenize("One. Two.")
@@ -78,9 +77,8 @@ def punkt_splitter() -> Callable[[str], list[str]] | None:
 def split_sentences(text: str) -> list[str]:
     """Sentences of an English text by rules alone, for machines without punkt's data.
 
-    A sentence ends at `.`, `!` or `?` (with closing quotes) before white space and a capital, a digit or an
-    opening quote, unless the full stop belongs to a common abbreviation or an initial; line breaks always end
-    one.
+    A sentence ends at `.`, `!` or `?` (with closing quotes) before white space and a capital, a digit or an opening
+    quote, unless the full stop belongs to a common abbreviation or an initial. A line break always ends a sentence.
     """
     sentences: list[str] = []
     for line in text.splitlines():

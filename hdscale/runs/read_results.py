@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from hdscale.errors import UserError
+from hdscale.runs.scores import task_score
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,7 @@ def find_runs(folders: Iterable[str | Path]) -> list[RunResult]:
 
 
 def task_average(run: RunResult, without: Iterable[str] = ()) -> float:
-    """Mean over tasks, a task with several metrics counting their mean, without some tasks.
-
-    Summaries count by ROUGE-2 and answers by F1, as in the tables' own averages.
+    """The mean over a run's tasks of their `task_score`, without some tasks.
 
     Raises:
         UserError: for a task that the run does not have, or if none is left.
@@ -95,16 +94,7 @@ def task_average(run: RunResult, without: Iterable[str] = ()) -> float:
     without = set(without)
     if unknown := without - set(run.tasks):
         raise UserError(f"{run.folder}: no task '{sorted(unknown)[0]}' among {', '.join(run.tasks)}")
-    scores = []
-    for task, metrics in run.tasks.items():
-        if task in without:
-            continue
-        if "rouge2" in metrics:
-            scores.append(metrics["rouge2"])
-        elif "em" in metrics:
-            scores.append(metrics["f1"])
-        else:
-            scores.append(fmean(metrics.values()))
+    scores = [task_score(metrics) for task, metrics in run.tasks.items() if task not in without]
     if not scores:
         raise UserError(f"{run.folder}: no task is left to average")
     return fmean(scores)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hdscale.engine.ranks import Ranks
 from hdscale.errors import UserError
+from hdscale.runs.ranks import RankGroup
 
 
 class Settled:
@@ -26,7 +26,7 @@ class Settled:
         UserError: if the file cannot be read.
     """
 
-    def __init__(self, path: Path, ranks: Ranks) -> None:
+    def __init__(self, path: Path, ranks: RankGroup) -> None:
         self._path, self._ranks = path, ranks
         self.values: dict[str, Any] = ranks.on_main(read, path)
 

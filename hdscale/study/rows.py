@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from hdscale.runs.scores import task_score
 from hdscale.study.store import Store, read_lines
 
 TAIL = 0.1
@@ -26,8 +27,8 @@ class Row:
         samples: training rows seen. tokens: source and target tokens seen. seconds: of training.
         devices: ranks. device_hours: ranks times hours of training. samples_per_second: of training.
         memory_gb: largest that the log states for a rank. flops: of training, by the plan's formula.
-        tasks: number of tasks tested. common_error: 100 - mean score over the tasks that every run has tested, a task
-            with several metrics counting their mean.
+        tasks: number of tasks tested. common_error: 100 - mean score over the tasks that every run has tested, each
+            by `hdscale.runs.scores.task_score`, as in `average`.
         planned_*: the plan's predictions for this run on its device (None where the plan has no figures for it).
     """
 
@@ -78,12 +79,12 @@ def read_rows(store: Store, predict: Predict | None = None) -> list[Row]:
 
 
 def task_scores(results: dict[str, Any]) -> dict[str, float]:
-    """{task: mean of its metrics}."""
+    """{task: the score by which it counts in averages}, of the tasks that have one."""
     scores = {}
     for task, metrics in (results.get("tasks") or {}).items():
-        values = [value for value in metrics.values() if finite(value)]
-        if values:
-            scores[task] = sum(values) / len(values)
+        known = {name: value for name, value in metrics.items() if finite(value)}
+        if known:
+            scores[task] = task_score(known)
     return scores
 
 

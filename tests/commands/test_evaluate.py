@@ -18,8 +18,8 @@ from hdscale.commands.cli import main
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks import get_task
 from hdscale.evaluation import extractive
-from hdscale.evaluation.decode import Decoder
 from hdscale.evaluation.extractive import MAX_ANSWER_TOKENS, SpanDecoder, Window, best_span, windows_of
+from hdscale.evaluation.generation import Decoder
 from hdscale.load import Choice, Seq2Seq, version_of
 from tests.commands.test_predict import run_folder  # noqa: F401 - a fixture
 from tests.helpers.evaluation_jobs import make_tasks, word_tokenizer

@@ -13,11 +13,12 @@ import pytest
 import torch
 import yaml
 
-from hdscale.commands import predict
 from hdscale.commands.cli import main
-from hdscale.config import load_config, model_config, to_dict
-from hdscale.evaluation.decode import Decoder, Decoding
-from hdscale.evaluation.evaluate import evaluate_split
+from hdscale.config import Config, load_config, model_config, to_dict
+from hdscale.errors import UserError
+from hdscale.evaluation.evaluator import Evaluator
+from hdscale.evaluation.generation import Decoder, Decoding
+from hdscale.evaluation.predictor import Predictor
 from hdscale.evaluation.requests import BadRow, Request, parse, read_requests
 from hdscale.load import Choice
 from hdscale.modeling.model import build_model
@@ -153,17 +154,15 @@ def test_questions_answer_as_in_evaluation(run_folder, tmp_path):
 
     squad = get_task("squad", config.data)
     asked = list(questions(squad, "test", config.data))
-    evaluate_split(
-        loaded.model,
-        loaded.tokenizer,
-        squad,
-        "test",
-        config.eval,
+    evaluator = Evaluator(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        task_ids={"pairs": 0, "squad": 1},
+        settings=config.eval,
         data=config.data,
         folder=tmp_path / "e",
-        step=1,
-        task_id=1,
     )
+    evaluator.evaluate_split(squad, "test", step=1)
     expected = json.loads((tmp_path / "e" / "squad.test.official.json").read_text())
     rows = [{"qid": one.qid, "question": one.question, "context": one.context} for one in asked]
     found = predict_file(run_folder, tmp_path, rows, "--task", "squad")
@@ -175,8 +174,8 @@ BAD = {
     "not JSON": (b"{oops", "line 2: not JSON"),
     "no object": (b"[1]", "line 2: must be a JSON object, not list"),
     "no text": (b'{"sourc": "x"}', "line 2: no field 'source'; did you mean 'sourc'?"),
-    "empty": (b'{"source": "  "}', "line 2: field 'source' is empty or no text"),
-    "number": (b'{"source": 3}', "line 2: field 'source' is empty or no text"),
+    "empty": (b'{"source": "  "}', "line 2: field 'source' is empty or not a text"),
+    "number": (b'{"source": 3}', "line 2: field 'source' is empty or not a text"),
     "bytes": (b'{"source": "\xff"}', "line 2: not UTF-8"),
     "unknown task": (b'{"task": "pears"}', "line 2: data: unknown task 'pears'; did you mean 'pairs'?"),
     "task no name": (b'{"task": 3}', "line 2: field 'task' must be a name"),
@@ -257,7 +256,7 @@ def test_pipes_and_gzip(run_folder, tmp_path, monkeypatch, capsys):
         (["--model", "nothing", "--input", "{in}", "--output", "-"], "--model nothing: no such folder"),
         (["--run", "{run}", "--input", "{tmp}/none", "--output", "-"], "--input .*none: no such file"),
         (["--run", "{run}", "--input", "{in}", "--output", "{tmp}/a/b"], "--output .*: no folder"),
-        (["--run", "{run}", "--input", "{in}", "--output", "{in}"], "is the input too"),
+        (["--run", "{run}", "--input", "{in}", "--output", "{in}"], "is also the input"),
         (["--run", "{run}", "--input", "{in}", "--output", "{tmp}"], "is a folder"),
         (
             ["--run", "{run}", "--input", "{in}", "--output", "-", "--task", "pears"],
@@ -293,11 +292,11 @@ def test_millions_of_rows_in_bounded_memory(monkeypatch):
                 read += 1
                 yield b'{"source": "%d %s"}\n' % (number, b"x" * 200)
 
-    monkeypatch.setattr(predict.Predictor, "__init__", lambda self: None)
-    monkeypatch.setattr(predict.Predictor, "answer", lambda self, group: [{"line": request.line} for request in group])
+    monkeypatch.setattr(Predictor, "__init__", lambda self: None)
+    monkeypatch.setattr(Predictor, "answer", lambda self, group: [{"line": request.line} for request in group])
     requests = read_requests(Lines(), None, lambda name: None, lambda error: None)
     tracemalloc.start()
-    for number, row in enumerate(predict.Predictor().stream(requests, 1000), start=1):
+    for number, row in enumerate(Predictor().stream(requests, 1000), start=1):
         assert row["line"] == number
         assert read <= -(-number // 1000) * 1000
     peak = tracemalloc.get_traced_memory()[1]
@@ -306,10 +305,15 @@ def test_millions_of_rows_in_bounded_memory(monkeypatch):
     assert peak < 4e6, f"{peak / 1e6:.1f} MB for windows of 1,000 rows of 0.2 kB"
 
 
+def predictor_of(choice: Choice, config: Config, **options) -> Predictor:
+    loaded = choice.load(config)
+    return Predictor(loaded.model, loaded.tokenizer, loaded.task_ids, config.eval, config.data, **options)
+
+
 def test_batches_are_halved_where_memory_does_not_suffice(run_folder, monkeypatch):
     choice = Choice(run=str(run_folder))
     config = choice.config()
-    predictor = predict.Predictor(choice.load(config), config, batch_size=16)
+    predictor = predictor_of(choice, config, batch_size=16)
     requests = lambda: [Request(number, None, None, text) for number, text in enumerate(TEXTS * 3, start=1)]  # noqa: E731
     whole = predictor.answer(requests())
     decode, sizes = Decoder.__call__, []
@@ -324,20 +328,15 @@ def test_batches_are_halved_where_memory_does_not_suffice(run_folder, monkeypatc
     assert predictor.answer(requests()) == whole
     assert sizes == [16, 8, 4, 4, 4, 4, 2] and predictor.batch_size == 4
     monkeypatch.setattr(Decoder, "__call__", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
-    assert main_says_no_memory(predictor, requests())
-
-
-def main_says_no_memory(predictor, requests) -> bool:
-    with pytest.raises(predict.UserError, match="not one row can be decoded"):
-        predictor.answer(requests)
-    return predictor.batch_size == 1
+    with pytest.raises(UserError, match="not one row can be decoded"):
+        predictor.answer(requests())
 
 
 def test_labels_are_cut_and_free_text_is_not(run_folder, find_task):
     choice = Choice(run=str(run_folder))
     config = choice.config(["eval.num_beams=3"])
-    predictor = predict.Predictor(choice.load(config), config)
-    longest = max(len(predictor.loaded.tokenizer(label).input_ids) for label in ("no", "yes"))
+    predictor = predictor_of(choice, config)
+    longest = max(len(predictor.tokenizer(label).input_ids) for label in ("no", "yes"))
     assert predictor.decoding(find_task("pairs")) == Decoding(longest, 3)
     assert predictor.decoding(None) == Decoding(6, 3)
     assert (predictor.task_id(find_task("squad")), predictor.task_id(None)) == (1, -1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hdscale.data.batches import Row
+from hdscale.data.settings import DataSettings
+from hdscale.data.tasks import Example
 from hdscale.errors import UserError
-from hdscale.evaluation import decode, evaluate
-from hdscale.evaluation.decode import Decoder, Decoding, find_batch_size, global_batches
+from hdscale.evaluation import evaluator as evaluator_module
+from hdscale.evaluation import generation
+from hdscale.evaluation.evaluator import BATCH_SIZES, Evaluator, SplitInputs
+from hdscale.evaluation.generation import (
+    SCORE_DECIMALS,
+    Decoder,
+    Decoding,
+    Prediction,
+    global_batches,
+    pad_sources,
+    task_decoding,
+)
+from hdscale.evaluation.predictions import PredictionFiles, batch_line
 from hdscale.evaluation.settings import EvalSettings
+from hdscale.files import json_line
 from hdscale.runs.ranks import SingleProcess
 from tests.helpers.evaluation_jobs import TinyModel, evaluate_job, make_tasks, word_tokenizer
 from tests.helpers.ranks import RankFailure
@@ -56,7 +70,7 @@ def test_predictions_hold_every_row_in_order(world):
         assert len({record["prediction"] for record in records}) > 3 or name == "labelled"
     chunks = [json.loads(line) for line in (folder / "squad.test.jsonl").read_text().splitlines()]
     assert len({chunk["question"] for chunk in chunks}) == 11 < len(chunks) == whole["notes"]["squad"]["chunks"]
-    assert all(round(chunk["score"], decode.SCORE_DECIMALS) == chunk["score"] < 0 for chunk in chunks)
+    assert all(round(chunk["score"], SCORE_DECIMALS) == chunk["score"] < 0 for chunk in chunks)
     assert not list(folder.glob("*.part*"))
     assert max(len(whole["batches"]), 1) == whole["calls"]
 
@@ -153,7 +167,7 @@ def test_a_limit_keeps_whole_questions(world, tmp_path):
 
 def test_batch_size_is_found_once_and_stored(world, tmp_path, monkeypatch):
     tasks, data, folder, whole = world
-    monkeypatch.setattr(evaluate, "CPU_BATCH_SIZE", 5)
+    monkeypatch.setattr(evaluator_module, "CPU_BATCH_SIZE", 5)
     assert evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), batch_size=None)["batches"] == [
         5,
         5,
@@ -161,24 +175,85 @@ def test_batch_size_is_found_once_and_stored(world, tmp_path, monkeypatch):
         5,
         3,
     ]
-    monkeypatch.setattr(evaluate, "CPU_BATCH_SIZE", 9)
+    monkeypatch.setattr(evaluator_module, "CPU_BATCH_SIZE", 9)
     assert (
         evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), batch_size=None, step=8)["batches"][0]
         == 5
     )
-    assert json.loads((tmp_path / evaluate.BATCH_SIZES).read_text()) == {"labelled.test": 5}
+    assert json.loads((tmp_path / BATCH_SIZES).read_text()) == {"labelled.test": 5}
 
 
 def test_batch_size_fits_every_rank(rank_pool):
     assert rank_pool(2).run("tests.helpers.evaluation_jobs:batch_size_job", {"capacity": [40, 9]}) == [8, 8]
 
 
-def test_no_memory_for_one_row():
-    def attempt(size: int) -> None:
-        raise torch.OutOfMemoryError("no")
+class GpuDecoder:
+    """Stands in for a decoder on a GPU with memory for `capacity` rows of ten tokens and twenty generated ones."""
 
+    device = torch.device("cuda")
+
+    def __init__(self, capacity: float, decoding: Decoding = Decoding(20)) -> None:
+        self.capacity, self.decoding = capacity, decoding
+        self.tried: list[tuple[int, int]] = []
+
+    def at_full_length(self) -> GpuDecoder:
+        full = GpuDecoder(self.capacity, Decoding(20, min_new_tokens=20))
+        full.tried = self.tried
+        return full
+
+    def __call__(self, rows: list, numbers: list[int]) -> list[Prediction]:
+        assert len({row.id for row in rows}) == 1 and len(rows) == len(numbers)
+        tokens = max(len(row.input_ids) for row in rows) + self.decoding.min_new_tokens
+        self.tried.append((len(rows), tokens))
+        if len(rows) * tokens > 30 * self.capacity:
+            raise torch.OutOfMemoryError("no")
+        return []
+
+
+class Lines:
+    """Rows of 3, 10 and 7 tokens."""
+
+    source_lengths = (3, 10, 7)
+
+    def __len__(self) -> int:
+        return 3
+
+    def row(self, number: int) -> Row:
+        return Row([1] * self.source_lengths[number], [], 0, str(number), "t")
+
+
+def gpu_evaluator(folder: Path) -> Evaluator:
+    return Evaluator(
+        model=TinyModel(), tokenizer=word_tokenizer(), settings=EvalSettings(), data=DataSettings(), folder=folder
+    )
+
+
+def test_the_batch_size_is_that_of_the_longest_row_with_the_longest_answer(tmp_path):
+    decoder = GpuDecoder(capacity=40)
+    inputs = SplitInputs(Lines(), [Example("s", "t", "t", str(number)) for number in range(3)], decoder)
+    assert gpu_evaluator(tmp_path).batch_size("t.test", inputs) == 32
+    assert decoder.tried == [(size, 30) for size in (512, 256, 128, 64, 32)]
+    shorter = SplitInputs(Lines(), inputs.examples[:1], decoder)
+    decoder.tried.clear()
+    assert gpu_evaluator(tmp_path).batch_size("t.first", shorter) == 32, "64 rows of 23 tokens do not fit"
+    assert decoder.tried[-1] == (32, 23), "rows beyond the examples are not read"
+
+
+def test_batch_sizes_of_version_0_1_are_read(tmp_path):
+    (tmp_path / "batch_sizes.json").write_text(json.dumps({"t.test": 24}, indent=1))
+    decoder = GpuDecoder(capacity=40)
+    inputs = SplitInputs(Lines(), [Example("s", "t", "t", "0")], decoder)
+    evaluator = gpu_evaluator(tmp_path)
+    assert evaluator.batch_size("t.test", inputs) == 24 and not decoder.tried
+    evaluator.batch_size("t.validation", inputs)
+    assert json.loads((tmp_path / "batch_sizes.json").read_text()) == {"t.test": 24, "t.validation": 32}
+
+
+def test_no_memory_for_one_row(tmp_path):
+    inputs = SplitInputs(Lines(), [Example("s", "t", "t", "0")], GpuDecoder(capacity=0.5))
     with pytest.raises(UserError, match="not one row"):
-        find_batch_size(attempt)
+        gpu_evaluator(tmp_path).batch_size("t.test", inputs)
+    assert not (tmp_path / "batch_sizes.json").exists()
 
 
 def test_what_fails_on_rank_zero_fails_on_all(rank_pool, tmp_path):
@@ -189,9 +264,9 @@ def test_what_fails_on_rank_zero_fails_on_all(rank_pool, tmp_path):
 def test_label_tasks_stop_at_their_longest_label(world):
     tasks, data, _, _ = world
     tokenizer = word_tokenizer()
-    assert evaluate.task_decoding(tasks["labelled"], tokenizer, EvalSettings(), 64) == Decoding(2, 1)
-    assert evaluate.task_decoding(tasks["written"], tokenizer, EvalSettings(), 64) == Decoding(9, 3)
-    squad = evaluate.task_decoding(tasks["squad"], tokenizer, EvalSettings(num_beams=2), 8)
+    assert task_decoding(tasks["labelled"], tokenizer, EvalSettings(), 64) == Decoding(2, 1)
+    assert task_decoding(tasks["written"], tokenizer, EvalSettings(), 64) == Decoding(9, 3)
+    squad = task_decoding(tasks["squad"], tokenizer, EvalSettings(num_beams=2), 8)
     assert (squad.max_new_tokens, squad.num_beams, squad.min_new_tokens) == (64, 2, 0)
 
 
@@ -199,12 +274,10 @@ def test_summaries_have_their_beams_and_no_empty_output():
     from hdscale.data.tasks import get_task
 
     for name, beams in (("xsum", 6), ("cnn_dailymail", 4), ("wiki_lingua", 4)):
-        assert evaluate.task_decoding(get_task(name), word_tokenizer(), EvalSettings(), 128) == Decoding(60, beams, 1)
+        assert task_decoding(get_task(name), word_tokenizer(), EvalSettings(), 128) == Decoding(60, beams, 1)
 
 
 def rows_of(texts: list[str]) -> list:
-    from hdscale.data.batches import Row
-
     tokenizer = word_tokenizer()
     return [Row(tokenizer(text).input_ids, [1], 0, f"r{number}", "t") for number, text in enumerate(texts)]
 
@@ -219,8 +292,8 @@ def test_scores_are_summed_log_likelihoods_with_the_end_token():
         model.base.shared.weight[1] *= 1.5
     found = Decoder(model, tokenizer, Decoding(6), scored=True)(rows, range(4))
     generated = model.base.generate(
-        input_ids=decode.pad([row.input_ids for row in rows], 0)[0],
-        attention_mask=decode.pad([row.input_ids for row in rows], 0)[1], max_new_tokens=6, do_sample=False,
+        input_ids=pad_sources([row.input_ids for row in rows], 0, "cpu")[0],
+        attention_mask=pad_sources([row.input_ids for row in rows], 0, "cpu")[1], max_new_tokens=6, do_sample=False,
     )  # fmt: skip
     for row, prediction, ids in zip(rows, found, generated.tolist(), strict=True):
         ids = ids[1:]
@@ -235,13 +308,13 @@ def test_scores_are_summed_log_likelihoods_with_the_end_token():
         assert prediction.score == pytest.approx(total, abs=2e-3)
         assert prediction.tokens == len(ids)
     with torch.no_grad():
-        empty = model.log_likelihood(*decode.pad([rows[0].input_ids], 0), torch.tensor([[1]]))
+        empty = model.log_likelihood(*pad_sources([rows[0].input_ids], 0, "cpu"), torch.tensor([[1]]))
     assert empty.shape == (1,) and empty.item() < 0
 
 
 def test_kept_tokens_end_with_the_first_end_token():
     generated = torch.tensor([[5, 1, 0, 0], [1, 0, 0, 0], [5, 6, 7, 8], [5, 1, 6, 1]])
-    kept = decode.tokens_kept(generated, eos_id=1, pad_id=0)
+    kept = generation.tokens_kept(generated, eos_id=1, pad_id=0)
     assert kept.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
 
 
@@ -254,7 +327,9 @@ def test_dropout_is_off_and_the_training_flag_comes_back():
 
 
 def test_task_ids_reach_the_model(world):
-    assert world[3]["task_ids"] == [5] * 23
+    """The tasks in order: one that the model does not know, one that it knows as 5, one that it does not know."""
+    chunks = world[3]["notes"]["squad"]["chunks"]
+    assert world[3]["task_ids"] == [-1] * 23 + [5] * 23 + [-1] * chunks
 
 
 def test_lockstep_ranks_make_equally_many_passes(world, rank_pool, tmp_path):
@@ -274,7 +349,7 @@ def test_lockstep_ranks_make_equally_many_passes(world, rank_pool, tmp_path):
     assert results[0]["metrics"]["written"] == whole["metrics"]["written"]
 
 
-def test_an_empty_split_is_the_users_to_mend(world, tmp_path):
+def test_an_empty_split_is_a_users_mistake(world, tmp_path):
     tasks, data, _, _ = world
     with pytest.raises(UserError, match="its test split has no rows"):
         evaluate_job(SingleProcess(), [tasks["labelled"]], data, str(tmp_path), limit=0)
@@ -287,22 +362,24 @@ def test_merge_refuses_missing_rows(world, tmp_path):
     stamp = json.loads(part.read_text().splitlines()[0])
     examples = [None] * 23
     with pytest.raises(RuntimeError, match="15 of 23 rows are in no part file"):
-        evaluate.merge(
-            decode.PartFiles(tmp_path, "labelled.test", stamp), tmp_path / "x.jsonl", examples, False, 1, 0.0
-        )
-    assert not (tmp_path / "x.jsonl").exists()
+        PredictionFiles(tmp_path, "labelled.test", stamp).merge(examples, False, 0.0)
+    assert not (tmp_path / "labelled.test.jsonl").exists()
 
 
-def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
-    target = tmp_path / "kept.jsonl"
-    target.write_text("old\n")
+def test_a_full_disk_leaves_no_incomplete_predictions(tmp_path, monkeypatch):
+    files = PredictionFiles(tmp_path, "t.test", {"step": 1})
+    files.path.write_text("old\n")
+    part = [json_line(files.stamp), batch_line(0, [Prediction(0, "a", "new", 1)])]
+    files.part(0).write_text("".join(part))
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"), decode.atomic_writer(target) as stream:
-        stream.write("new\n")
-    assert target.read_text() == "old\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["kept.jsonl"]
-    shutil.rmtree(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        files.merge([Example("s", "t", "t", "a")], False, 0.0)
+    assert files.path.read_text() == "old\n" and not files.is_complete()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.test.jsonl", "t.test.part0.jsonl"]
+    monkeypatch.undo()
+    files.merge([Example("s", "t", "t", "a")], False, 0.0)
+    assert files.records()[0]["prediction"] == "new" and files.is_complete() and not files.parts()

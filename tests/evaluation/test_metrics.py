@@ -6,7 +6,6 @@ import collections
 import random
 import re
 import string
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -394,7 +393,7 @@ def test_selection():
     assert choose("metrics") == pytest.approx(230 / 3)
     assert choose("accuracy") == 70.0
     assert choose("mrpc.f1") == choose("f1") == 90.0
-    with pytest.raises(UserError, match="eval.select=rouge2 names nothing here.*accuracy"):
+    with pytest.raises(UserError, match="eval.select=rouge2 is not a score of these tasks.*accuracy"):
         choose("rouge2")
 
 
@@ -423,6 +422,6 @@ def test_sklearn_agrees_on_clean_labels():
     )
 
 
-def test_references_may_be_one_text():
-    one = SimpleNamespace(target="x", references="yes")
-    assert metrics.gold_texts(one) == ["yes"]
+def test_gold_texts_are_the_references_or_the_target():
+    assert metrics.gold_texts(Example("s", "x", "t", "0", references=("yes", "no"))) == ["yes", "no"]
+    assert metrics.gold_texts(Example("s", "x", "t", "0")) == ["x"]

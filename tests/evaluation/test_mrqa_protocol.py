@@ -54,14 +54,11 @@ def test_chunks_of_a_question_may_lie_apart():
     assert [question.references for question in questions.values()] == [("a",), ("b",)]
 
 
-def test_leading_chunks_of_so_many_questions():
+def test_the_chunks_of_the_first_questions():
     chunks = parts(["a", "a", "b", "c", "c"])
     assert [protocol.first_questions(chunks, limit) for limit in (0, 1, 2, 3, 9)] == [0, 2, 3, 5, 5]
-    assert (
-        protocol.is_chunked(chunks)
-        and not protocol.is_chunked([])
-        and not protocol.is_chunked([Example("s", "t", "t", "0")])
-    )
+    with pytest.raises(ValueError, match="example 0 of task t is not a chunk"):
+        protocol.first_questions([Example("s", "t", "t", "0")], 1)
 
 
 def test_official_files_go_there_and_back(tmp_path):

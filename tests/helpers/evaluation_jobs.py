@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks.custom import task_from_mapping
 from hdscale.data.tasks.task import Task
-from hdscale.evaluation import decode, evaluate
+from hdscale.engine.tuning import largest_that_fits
+from hdscale.evaluation.evaluator import EvaluationStopped, Evaluator
 from hdscale.evaluation.settings import EvalSettings
 
 WORDS = "cat dog sat on mat hat red blue green ran far away who what where question context : ? . 0 1".split()
@@ -152,28 +153,24 @@ def evaluate_job(
 
     seen: list[tuple[str, int, int]] = []
     try:
-        found = evaluate.evaluate_tasks(
-            model,
-            tokenizer,
-            tasks,
-            "test",
-            EvalSettings(batch_size=batch_size),
-            data=data,
-            folder=folder,
-            step=step,
-            ranks=ranks,
-            limit=limit,
-            should_stop=should_stop,
-            progress=lambda *news: seen.append(news),
+        evaluator = Evaluator(
+            model=model,
+            tokenizer=tokenizer,
             task_ids={"written": 5},
+            settings=EvalSettings(batch_size=batch_size),
+            data=data,
+            folder=Path(folder),
+            ranks=ranks,
+            should_stop=should_stop,
             lockstep=lockstep,
         )
-    except decode.EvaluationStopped:
+        found = evaluator.evaluate(tasks, "test", step, limit, lambda *news: seen.append(news))
+    except EvaluationStopped:
         return {"stopped": True, "batches": model.batches, "calls": calls}
     return {
         "stopped": False,
         "metrics": found.metrics(),
-        "averages": found.averages,
+        "averages": found.averages(),
         "batches": model.batches,
         "calls": calls,
         "progress": seen,
@@ -189,7 +186,7 @@ def batch_size_job(ranks: Any, capacity: list[int]) -> int:
         if size > capacity[ranks.rank]:
             raise torch.OutOfMemoryError("no")
 
-    return decode.find_batch_size(attempt, ranks, largest=64)
+    return largest_that_fits(attempt, ranks, largest=64)
 
 
 def failing_job(ranks: Any, folder: str) -> None:

@@ -44,7 +44,7 @@ PRELOAD = [
     "safetensors.torch",
     "hdscale.engine.checkpoint",
     "hdscale.engine.deepspeed_engine",
-    "hdscale.evaluation.evaluate",
+    "hdscale.evaluation.evaluator",
 ]
 JOB_SECONDS = 120.0
 

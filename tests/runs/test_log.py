@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hdscale.runs import log as progress
 from hdscale.engine.deepspeed_engine import StepResult
-from hdscale.runs.log import RunLog, cut_back, duration
-from hdscale.runs.provenance import git_commit, provenance
 from hdscale.engine.settings import RunSettings, TrainSettings
 from hdscale.errors import UserError
+from hdscale.runs import log as progress
+from hdscale.runs.log import RunLog, cut_back, duration
+from hdscale.runs.provenance import git_commit, provenance
 
 MAIN = SimpleNamespace(is_main=True, device=torch.device("cpu"), world_size=1, threads=1, launcher="none")
 OTHER = SimpleNamespace(**{**vars(MAIN), "is_main": False})

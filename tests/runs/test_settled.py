@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from hdscale.runs.settled import Settled
 from hdscale.engine.token_budget import parse_token_budget
 from hdscale.errors import UserError
+from hdscale.runs.settled import Settled
 
 
 def test_ranks_keep_what_rank_0_found(rank_pool, tmp_path):

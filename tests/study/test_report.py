@@ -140,6 +140,20 @@ def test_tasks_that_all_runs_share_are_compared(tmp_path):
     assert [(row.tasks, row.common_error) for row in read_rows(store)] == [(1, 40.0), (2, 30.0)]
 
 
+def test_answers_and_summaries_are_compared_by_the_metric_of_the_averages(tmp_path):
+    axes = {"tasks": {"one": {"data.tasks": ["squad", "xsum"]}}}
+    study = load_study(write_study(tmp_path, axes=axes, set=None))
+    store = Store(study.folder)
+    store.open(study)
+    finish(store, study)
+    (run,) = study.runs
+    path = store.run_folder(run.name) / "results.json"
+    rouge = {"rouge1": 40.0, "rouge2": 20.0, "rougeL": 30.0, "rougeLsum": 30.0}
+    tasks = {"squad": {"em": 40.0, "f1": 80.0}, "xsum": rouge}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tasks": tasks}))
+    assert [row.common_error for row in read_rows(store)] == [100 - (80 + 20) / 2]
+
+
 def test_pareto_front():
     costs, scores = [1.0, 2.0, 3.0, 3.0, 0.5], [50.0, 40.0, 60.0, 70.0, 50.0]
     assert pareto(costs, scores) == [4, 3]

@@ -144,6 +144,11 @@ class Task:
         """Whether the task has a training split (out-of-domain sets do not)."""
         return "train" in self.splits
 
+    @property
+    def chunked(self) -> bool:
+        """Whether its examples are chunks of questions: parts of a long context, one prediction for each."""
+        return self.reader == "hdscale.data.tasks.mrqa.read"
+
     def columns(self) -> list[str]:
         """Top-level columns that a row must have."""
         paths = [*fields(self.source), *fields(self.target)]

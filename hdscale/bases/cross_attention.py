@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hdscale.ops.precision import at_least_float32
+
 TRAINING_GAIN, DECODING_GAIN = 4.0, 2.0
 """Fewer operations by this factor are worth it: the products are smaller ones. What training keeps, T H D, is then less than keys
 and values, 2 S H d_kv."""
@@ -51,7 +53,7 @@ def unprojected_attention(
     moved = moved.transpose(0, 1).reshape(size_b, heads * size_t, size_d).to(source.dtype)
     scores = torch.bmm(moved, source.transpose(1, 2)).view(size_b, heads, size_t, size_s) + mask
     # as a fused kernel would: the softmax in float32 at least
-    shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(source.dtype)
+    shares = torch.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(source.dtype)
     shares = functional.dropout(shares, dropout).view(size_b, heads * size_t, size_s)
     seen = torch.bmm(shares, source).to(query.dtype).view(size_b, heads, size_t, size_d)
     seen = seen.transpose(0, 1).reshape(heads, size_b * size_t, size_d)

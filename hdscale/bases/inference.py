@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from hdscale.bases.cross_attention import DECODING_GAIN, few_targets, unprojected_attention
 from hdscale.bases.interface import Adaptation
 from hdscale.bases.stacks import masked, source_mask
+from hdscale.ops.precision import at_least_float32
 
 MOST_EXPLICIT_SCORES = 128 * 128
 """Queries times keys up to which a CPU takes the scores of a batch at once rather than in SDPA's tiles."""
@@ -76,7 +77,7 @@ class TokenDecoder:
             project_source = not few_targets(most_tokens, hidden.shape[1], attention.key_value_proj_dim, DECODING_GAIN)
         self.project_source = project_source or self.adapts_attention
         # a CPU has no fused attention that is good at one query: the scores are taken in float32 there
-        self.kept = torch.promote_types(hidden.dtype, torch.float32) if hidden.device.type == "cpu" else hidden.dtype
+        self.kept = at_least_float32(hidden.dtype) if hidden.device.type == "cpu" else hidden.dtype
         self.bias = attention.compute_bias(most_tokens, most_tokens, device=hidden.device).to(self.kept)  # [1, H, T, T]
         self.decoded = 0
         self.prefixes = [0] * len(stack.block)
@@ -88,7 +89,7 @@ class TokenDecoder:
             self.source_bias = source_mask(attention_mask, self.kept)  # [B, 1, 1, S]
             self.source = [self._projected(layer, hidden) for layer in range(len(stack.block))]
         else:
-            self.hidden = at_least_float32(hidden)
+            self.hidden = hidden.to(at_least_float32(hidden.dtype))
             self.source_bias = source_mask(attention_mask, self.hidden.dtype)
 
     def _make_room(self, layer: int, hidden: Tensor, most_tokens: int) -> None:
@@ -197,11 +198,6 @@ def add_feed_forward(sub: nn.Module, layer: int, x: Tensor, adaptation: Adaptati
     return y if branch is None else y + branch
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """A 16-bit tensor as float32, another as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def split_heads(attention: nn.Module, x: Tensor) -> Tensor:
     """[B, L, H * d_kv] -> [B, H, L, d_kv]."""
     return x.unflatten(-1, (attention.n_heads, attention.key_value_proj_dim)).transpose(1, 2)
@@ -215,7 +211,7 @@ def merge_heads(x: Tensor) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Attention without T5's missing scale: [B, H, L, d_kv]; `bias` is added to the scores."""
     if query.device.type == "cpu" and query.shape[2] * key.shape[2] <= MOST_EXPLICIT_SCORES:
-        query, key, precise = at_least_float32(query), at_least_float32(key), at_least_float32(value)
-        scores = torch.matmul(query, key.transpose(2, 3))
-        return torch.matmul(scores.add_(bias).softmax(dim=-1), precise).to(value.dtype)
+        wide_query, wide_key, wide_value = (tensor.to(at_least_float32(tensor.dtype)) for tensor in (query, key, value))
+        scores = torch.matmul(wide_query, wide_key.transpose(2, 3))
+        return torch.matmul(scores.add_(bias).softmax(dim=-1), wide_value).to(value.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)

@@ -1,1 +1,1 @@
-"""Frozen bases: T5's family, its weights, and the hooks of an adaptation."""
+"""Frozen bases: the T5 family, its weights, and the hooks that an adaptation may use."""

@@ -1,4 +1,4 @@
-"""The frozen base: T5-family checkpoints by hub id or folder, and built-in sizes with random weights."""
+"""The frozen base: T5-family checkpoints given as hub id or folder, and built-in sizes with random weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hdscale.errors import UserError, nearest
 log = logging.getLogger(__name__)
 
 FAMILIES = ("t5", "mt5")
-"""Model types of transformers whose blocks can be adapted (T5 v1.0, v1.1, LM-adapt, FLAN and ByT5 are all "t5")."""
+"""Model types of transformers whose blocks can be adapted (T5 v1.0, v1.1, LM-adapted, FLAN and ByT5 are all "t5")."""
 
 # name: (d_model, d_ff, d_kv, heads, layers of each stack); Raffel et al. 2020 and the v1.1 release
 V1_1_SIZES = {
@@ -42,10 +42,10 @@ TINY_SIZES = {
     "tiny-2": (96, 192, 24, 4, 3),
     "tiny-4": (192, 384, 32, 6, 4),
 }
-"""v1.1 in miniature with the packaged tokenizer, for trial studies: each size about four times the one before."""
+"""Very small v1.1 models with the packaged tokenizer, for trial studies: each is about four times the one before."""
 BUILT_IN = {**V1_1_SIZES, **V1_0_SIZES, **TINY_SIZES}
 VOCABULARY = 32128
-# hub ids whose architecture is known without asking the hub
+# hub ids whose architecture is known without network access
 HUB_SIZES = {
     **{f"google/t5-{size}-lm-adapt": f"t5-v1_1-{size}" for size in ("small", "base", "large", "xl", "xxl")},
     **{f"google/t5-v1_1-{size}": f"t5-v1_1-{size}" for size in ("small", "base", "large", "xl", "xxl")},
@@ -59,7 +59,7 @@ def built_in_config(name: str) -> T5Config:
     """The architecture of a built-in size: v1.1 (gated GELU, untied head) or v1.0 (ReLU, tied head)."""
     d_model, d_ff, d_kv, heads, layers = BUILT_IN[name]
     v1_1 = name not in V1_0_SIZES
-    config = T5Config(
+    return T5Config(  # type: ignore[call-arg]  # transformers does not declare the arguments of its base class
         vocab_size=TINY_VOCABULARY if name in TINY_SIZES else VOCABULARY,
         d_model=d_model,
         d_ff=d_ff,
@@ -70,19 +70,18 @@ def built_in_config(name: str) -> T5Config:
         tie_word_embeddings=not v1_1,
         decoder_start_token_id=0,
     )
-    return config
 
 
 def scales_output(config: PretrainedConfig) -> bool:
-    """Whether the decoder's output is scaled by D**-0.5 before the head: v1.0, which ties the head to the embeddings."""
+    """Whether the decoder's output is multiplied by D**-0.5 before the head, as in v1.0 (head tied to the embeddings)."""
     return bool(getattr(config, "scale_decoder_outputs", False))
 
 
 def untie_head(base: PreTrainedModel) -> None:
-    """Give a model built from a configuration the head of its own that v1.1 and later checkpoints have.
+    """Give a model that was built from a configuration a separate head, which checkpoints from v1.1 on have.
 
-    transformers 5 ties the head in every configuration of T5's family and unties it while loading a checkpoint in which
-    it differs; a model that is built without one must be told.
+    transformers 5 ties the head for every configuration of the T5 family, and unties it while loading a checkpoint whose
+    head differs. A model that is built without a checkpoint has to be untied explicitly.
     """
     if scales_output(base.config):
         return
@@ -94,18 +93,18 @@ def untie_head(base: PreTrainedModel) -> None:
 
 
 def resolve_name(name: str) -> str:
-    """A folder for the packaged default, anything else as it is."""
+    """The packaged base's folder for "quickstart"; any other name unchanged."""
     return str(asset_folder()) if name == "quickstart" else name
 
 
 def tokenizer_name(settings: ModelSettings) -> str:
-    """Folder or hub id of the tokenizer: `model.tokenizer`, else the model's own; the tiny sizes have the packaged one."""
+    """Folder or hub id of the tokenizer: `model.tokenizer`, else the model's own; tiny sizes use the packaged one."""
     name = settings.tokenizer or settings.name
     return resolve_name("quickstart" if name in TINY_SIZES else name)
 
 
 def architecture(settings: ModelSettings) -> PretrainedConfig:
-    """The base's configuration for counting and checking: as `base_config`, but known hub ids need no network."""
+    """The base's configuration for counting and checking: like `base_config`, but known hub ids need no network."""
     if settings.name in HUB_SIZES:
         return built_in_config(HUB_SIZES[settings.name])
     return base_config(settings)
@@ -115,7 +114,7 @@ def base_config(settings: ModelSettings) -> PretrainedConfig:
     """The base's configuration, without loading weights.
 
     Raises:
-        UserError: for an unknown size, folder or hub id, or a model that is not of T5's family.
+        UserError: for an unknown size, folder or hub id, or a model outside the T5 family.
     """
     name = resolve_name(settings.name)
     if name in BUILT_IN:
@@ -126,14 +125,14 @@ def base_config(settings: ModelSettings) -> PretrainedConfig:
             f"model.name: no built-in size, folder or hub id '{name}'{nearest(name, [*BUILT_IN, 'quickstart'])}"
         )
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"model.name: {path}/config.json is missing; the folder must hold a transformers checkpoint")
+        raise UserError(f"model.name: {path}/config.json is missing; the folder must contain a transformers checkpoint")
     try:
         config = AutoConfig.from_pretrained(name, revision=settings.revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.name: cannot read '{name}' ({reason}); on a machine without internet, run `hdscale prepare` "
-            "where there is some and give the folder"
+            f"model.name: cannot read '{name}' ({reason}); on a machine without internet access, run `hdscale prepare` "
+            "on one that has it, and give the folder"
         ) from error
     if config.model_type not in FAMILIES:
         raise UserError(f"model.name: '{name}' is a {config.model_type} model; hdscale adapts T5 and mT5 checkpoints")
@@ -142,30 +141,36 @@ def base_config(settings: ModelSettings) -> PretrainedConfig:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No advice to untie all embeddings (see `untie_head`; it would lose the encoder's), no bar for each rank."""
+    """Hide transformers' progress bars (one per rank), and its advice to untie all embeddings.
 
-    def keep(record: logging.LogRecord) -> bool:
+    Following that advice would lose the encoder's embeddings: see `untie_head`.
+    """
+
+    def is_wanted(record: logging.LogRecord) -> bool:
         return "tied weights mapping" not in record.getMessage()
 
     logger = logging.getLogger("transformers.modeling_utils")
     bars = transformers_logging.is_progress_bar_enabled()
-    logger.addFilter(keep)
+    logger.addFilter(is_wanted)
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        logger.removeFilter(is_wanted)
         if bars:
             transformers_logging.enable_progress_bar()
 
 
 def load_base(settings: ModelSettings, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The base model, its blocks ready to carry an adaptation, every parameter frozen.
+    """The base model with every parameter frozen, its blocks able to apply an adaptation.
 
     Args:
         settings: `model.*`.
         dtype: of the weights.
-        device: "meta" builds the architecture alone, in seconds at any size.
+        device: of the weights; "meta" builds the architecture without weights, in seconds at any size.
+
+    Raises:
+        UserError: for a base that cannot be found, read, or adapted.
     """
     if settings.attention not in ("sdpa", "eager"):
         raise UserError(f"model.attention={settings.attention}{nearest(settings.attention, ['sdpa', 'eager'])}")
@@ -180,13 +185,15 @@ def load_base(settings: ModelSettings, dtype: torch.dtype, device: str | torch.d
             raise UserError(f"model.dropout={settings.dropout} must be at least 0 and below 1")
         config.dropout_rate = settings.dropout
     name = resolve_name(settings.name)
-    if torch.device(device).type == "meta" or name in BUILT_IN:
+    if meta or name in BUILT_IN:
         config._attn_implementation = settings.attention
         with torch.device(device):
             base = AutoModelForSeq2SeqLM.from_config(config, dtype=dtype, attn_implementation=settings.attention)
         untie_head(base)
-        if torch.device(device).type != "meta":
-            log.warning("base %s is a built-in size with random weights: for counting, planning and benchmarks", name)
+        if not meta:
+            log.warning(
+                "base %s is a built-in size with random weights, for counting, planning and benchmarks only", name
+            )
     elif Path(name).is_dir() and weight_files(Path(name)):
         config._attn_implementation = settings.attention
         with torch.device("meta"):

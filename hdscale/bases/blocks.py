@@ -1,9 +1,9 @@
-"""Transformers' T5 and MT5 blocks, made to carry an `Adaptation` through their forward.
+"""Transformers' T5 and MT5 blocks, extended to pass an `Adaptation` through their forward.
 
-A base model is adapted by giving its own blocks a subclass of their class: weights, names and every code path of
-transformers stay as they are, and with `adaptation=None` a block computes what it did before, up to rounding: norms and GELU are one
-operation each (`hdscale.bases.elementwise`). How the stacks hand masks and position biases to their blocks is in
-`hdscale.bases.stacks`.
+A base model is adapted by giving its blocks a subclass of their own class: weights, names and every code path of
+transformers stay the same. With `adaptation=None` a block computes what it did before, up to rounding, because norms and
+GELU are one operation each (`hdscale.bases.elementwise`). How the stacks pass masks and position biases to their blocks
+is in `hdscale.bases.stacks`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hdscale.bases.stacks import AdaptedStack
 
 
 class AdaptedBlock:
-    """Mixin over T5Block and MT5Block: the block's forward with an adaptation's hooks in their places."""
+    """Mixin for T5Block and MT5Block: the block's forward, with calls of the adaptation's hooks."""
 
     def forward(
         self,
@@ -82,10 +82,10 @@ class AdaptedBlock:
 
 
 class AdaptedAttention:
-    """Mixin over T5Attention and MT5Attention: projections and prefixes of an adaptation inside the attention.
+    """Mixin for T5Attention and MT5Attention: projections and prefixes of an adaptation inside the attention.
 
-    Without an adaptation transformers' own forward runs. A prefix is put before keys and values after the cache was
-    brought up to date: what is cached stays the tokens' own, so positions and masks are transformers'.
+    Without an adaptation transformers' own forward runs. A prefix is put in front of keys and values after the cache was
+    updated. The cache therefore contains the tokens' own keys and values only, and positions and masks are transformers'.
     """
 
     def forward(
@@ -134,7 +134,7 @@ class AdaptedAttention:
         if cache is not None:
             cached_tokens = cache.get_seq_length(self.layer_idx)
             if isinstance(cached_tokens, Tensor):
-                cached_tokens = cached_tokens.clone()  # a static cache counts in place
+                cached_tokens = cached_tokens.clone()  # a static cache updates its counter in place
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.cross_attention_cache if cross else past_key_values.self_attention_cache
 
@@ -160,7 +160,7 @@ class AdaptedAttention:
             else:
                 position_bias = query.new_zeros(1, self.n_heads, *shape)
 
-        # the layers share the position bias of the tokens: what a prefix adds to it stays here
+        # the layers share the position bias of the tokens, so the part for the prefix is added to a copy
         bias, prefix = position_bias, None if cross else adaptation.prefix(layer)
         if prefix is not None:
             length = prefix[0].shape[2]
@@ -187,21 +187,23 @@ class AdaptedAttention:
 
 
 def rows_of(prefix: Tensor, rows: int) -> Tensor:
-    """A prefix [B, H, P, d_kv] for R rows: each instance's for all of its beams."""
+    """A prefix [B, H, P, d_kv] repeated for R rows: the beams of an instance have the same one."""
     return prefix if prefix.shape[0] == rows else prefix.repeat_interleave(rows // prefix.shape[0], dim=0)
 
 
 def mask_with_prefix(mask: Tensor | None, query: Tensor, key: Tensor, length: int, causal: bool) -> Tensor | None:
-    """An attention mask for keys that begin with a prefix which every query may see.
+    """An attention mask for keys that begin with a prefix, which every query may see.
 
     Args:
-        mask: boolean (True: may see) or additive, [R or 1, 1, L or 1, keys]; None where transformers leaves the causal
-            mask to SDPA, or where nothing is masked.
-        query: [R, H, L, d_kv]. key: [R, H, keys, d_kv], without the prefix.
-        length: of the prefix. causal: whether this attention is.
+        mask: boolean (True: may see) or additive, [R or 1, 1, L or 1, keys]; None if transformers leaves the causal mask
+            to SDPA, or if nothing is masked.
+        query: [R, H, L, d_kv].
+        key: [R, H, keys, d_kv], without the prefix.
+        length: of the prefix.
+        causal: whether this attention is causal.
 
     Returns:
-        the mask over `length + keys`, or None where nothing is masked.
+        the mask over `length + keys`, or None if nothing is masked.
     """
     queries, keys = query.shape[2], key.shape[2]
     if mask is None:
@@ -209,14 +211,14 @@ def mask_with_prefix(mask: Tensor | None, query: Tensor, key: Tensor, length: in
             return None
         position = torch.arange(keys, device=query.device)
         mask = (position <= position[keys - queries :, None])[None, None]
-    # in both kinds of mask the neutral value is the one that lets a query see
+    # in both kinds of mask, the padding value is the one that lets a query see the key
     return functional.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
 class AdaptedSeq2Seq:
-    """Mixin over the conditional-generation classes: a forward that names `adaptation`, so that `generate` accepts it.
+    """Mixin for the conditional-generation classes: its forward has an argument `adaptation`, so `generate` accepts it.
 
-    Within `generate` the encoder has run already: the adaptation is the decoder's.
+    Within `generate` the encoder has run already, so the adaptation is the decoder's.
     """
 
     def forward(
@@ -248,16 +250,16 @@ class AdaptedSeq2Seq:
 
 @functools.cache
 def adapted_class(mixin: type, cls: type) -> type:
-    """The subclass of a transformers class with `mixin` before it."""
+    """A subclass of a transformers class with a mixin."""
     return type(f"Adapted{cls.__name__}", (mixin, cls), {"__module__": __name__})
 
 
 def adapt_blocks(base: nn.Module) -> None:
-    """Make a T5-family model's stacks, blocks and its generation accept `adaptation=`, in place."""
+    """Make the stacks, blocks and generation of a T5-family model accept `adaptation=`, in place."""
     for stack in (base.encoder, base.decoder):
         stack.__class__ = adapted_class(AdaptedStack, type(stack))
         for module in stack.modules():
-            # a norm of apex has its own way
+            # but not the norms of apex, which have a kernel of their own
             if hasattr(module, "variance_epsilon"):
                 module.__class__ = adapted_class(OneStepNorm, type(module))
         for index, block in enumerate(stack.block):
@@ -283,12 +285,12 @@ def set_activation_checkpointing(base: nn.Module, where: str) -> None:
     if where == "none":
         base.activation_checkpointing_disable()
         return
-    # the re-entrant form needs inputs that require a gradient, which a frozen base's do not
+    # the re-entrant form needs inputs that require a gradient, and those of a frozen base do not
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for name, stack in (("encoder", base.encoder), ("decoder", base.decoder)):
         for module in stack.modules():
             if not hasattr(module, "gradient_checkpointing"):
                 continue
-            # T5Attention would make its zero position bias require a gradient, which costs SDPA its fused kernels
+            # T5Attention would make its zero position bias require a gradient, and SDPA would lose its fused kernels
             attention = module.__class__.__name__.endswith("Attention")
             module.gradient_checkpointing = where in (name, "all") and not attention

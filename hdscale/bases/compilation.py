@@ -1,8 +1,8 @@
-"""`torch.compile` of what a block computes: attention, feed-forward and norms, each compiled once for all layers.
+"""`torch.compile` of the parts of a block: attention, feed-forward and norms, each compiled once for all layers.
 
-The stacks are not compiled whole: every layer and every pair of lengths would be a graph of its own, at up to a minute each.
-What is compiled here is shared by the layers of a stack and takes any lengths, so a run has some ten graphs, and the hooks of
-an adaptation run between them. Lengths change from pass to pass, which is why CUDA graphs do not hold here.
+The stacks are not compiled as a whole: every layer and every pair of lengths would need its own graph, at up to a minute
+each. The parts compiled here are shared by the layers of a stack and accept any lengths, so a run has about ten graphs,
+and the hooks of an adaptation run between them. CUDA graphs cannot be used, because the lengths change with every pass.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from torch import nn
 
 MOST_GRAPHS = 32
-"""Of one function, before torch stops to compile it: with and without a mask, with and without a gradient, one row or many."""
+"""Graphs of one function before torch stops compiling it: with and without mask or gradient, with one row or many."""
 
 
 def compile_stacks(base: nn.Module) -> None:
-    """Compile the sub-layers of a T5-family model's blocks for training, in place. The compiler runs at their first use.
+    """Compile the sub-layers of a T5-family model's blocks for training, in place, when they are first used.
 
-    Evaluation and decoding are left as they are.
+    Evaluation and decoding are not compiled.
 
     Args:
-        base: its blocks adapted (`adapt_blocks`).
+        base: with adapted blocks (see `adapt_blocks`).
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     for module in compiled_modules(base):
@@ -39,7 +39,7 @@ def decompile_stacks(base: nn.Module) -> None:
 
 
 def compiled_modules(base: nn.Module) -> Iterator[nn.Module]:
-    """What is compiled of each block."""
+    """The modules of each block that are compiled."""
     for stack in (base.encoder, base.decoder):
         for block in stack.block:
             first, last = block.layer[0], block.layer[-1]
@@ -50,12 +50,13 @@ def compiled_modules(base: nn.Module) -> Iterator[nn.Module]:
 
 @functools.cache
 def training_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that is compiled while gradients are taken; one for all modules of a class."""
+    """A forward that is compiled if gradients are needed; the same for all modules of a class."""
     compiled = torch.compile(forward, dynamic=True)
 
     @functools.wraps(forward)
     def choose(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # a method's hooks inside the attention are Python objects, one a layer: each would be a graph; a packed attention is compiled
+        # a method's hooks inside the attention are Python objects, one per layer, and each would need a graph of its
+        # own; a packed attention is compiled already
         if module.training and torch.is_grad_enabled() and not kwargs.keys() & {"adaptation", "packing"}:
             return compiled(module, *args, **kwargs)
         return forward(module, *args, **kwargs)

@@ -1,12 +1,12 @@
-"""Cross-attention for targets of few tokens: the queries go to the source, not the source to keys and values.
+"""Cross-attention for short targets, without projecting the source to keys and values.
 
-A label has two to four tokens, its source fifty. Projecting the whole source in each decoder layer, for so few queries to look at,
-is a sixth of a training step at T5-large; by associativity nobody has to:
+A label has two to four tokens, its source fifty. Projecting the whole source in each decoder layer for so few queries
+takes a sixth of a training step at T5-large. Matrix products are associative, so it can be avoided:
 
     q (h W_k)^T = (q W_k^T) h^T        p (h W_v) = (p h) W_v
 
-so that W_k and W_v meet T queries instead of S source tokens, and what is kept for the backward pass is the source itself, once
-for all layers, instead of keys and values in each.
+W_k and W_v are multiplied with T queries instead of S source tokens. For the backward pass the source itself is kept, once
+for all layers, instead of keys and values in each layer.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hdscale.ops.precision import at_least_float32
+
 TRAINING_GAIN, DECODING_GAIN = 4.0, 2.0
-"""Fewer operations by this factor are worth it: the products are smaller ones. What training keeps, T H D, is then less than keys
-and values, 2 S H d_kv."""
+"""How many times fewer operations are needed for a gain in time, since the products are smaller. What training keeps,
+T H D, is then smaller than keys and values, 2 S H d_kv."""
 
 
 def few_targets(targets: int, sources: int, d_kv: int, gain: float = TRAINING_GAIN) -> bool:
-    """Whether T queries of S source tokens are cheaper without projecting the source: T (d_kv + S) < d_kv S, with room.
+    """Whether T queries of S source tokens are cheaper without projecting the source: gain T (d_kv + S) <= d_kv S.
 
-    Per head and D: projecting costs S d_kv multiplications for keys and as many for values; not projecting costs T d_kv to move
-    the queries and T S for the scores, and the same again for values.
+    Per head and D: projecting needs S d_kv multiplications for keys, and as many for values. Not projecting needs T d_kv
+    for the queries and T S for the scores, and the same again for values.
     """
     return gain * targets * (d_kv + sources) <= d_kv * sources
 
@@ -32,11 +34,12 @@ def few_targets(targets: int, sources: int, d_kv: int, gain: float = TRAINING_GA
 def unprojected_attention(
     query: Tensor, source: Tensor, key_weight: Tensor, value_weight: Tensor, mask: Tensor, dropout: float = 0.0
 ) -> Tensor:
-    """What the attention of all heads gives, before the output projection.
+    """The output of the attention of all heads, before the output projection.
 
     Args:
-        query: [B, H, T, d_kv]. source: [B, S, D], in the weights' dtype or a wider one, in which scores and mixtures are taken.
-        key_weight, value_weight: [H * d_kv, D], of the linears that would make keys and values.
+        query: [B, H, T, d_kv].
+        source: [B, S, D], in the weights' dtype or a wider one, in which scores and mixtures are computed.
+        key_weight, value_weight: [H * d_kv, D], of the linears that would compute keys and values.
         mask: [B, 1, 1, S], added to the scores.
         dropout: of the attention's probabilities.
 
@@ -50,8 +53,8 @@ def unprojected_attention(
     moved = torch.bmm(queries, key_weight.view(heads, width, size_d)).view(heads, size_b, size_t, size_d)
     moved = moved.transpose(0, 1).reshape(size_b, heads * size_t, size_d).to(source.dtype)
     scores = torch.bmm(moved, source.transpose(1, 2)).view(size_b, heads, size_t, size_s) + mask
-    # as a fused kernel would: the softmax in float32 at least
-    shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(source.dtype)
+    # the softmax in float32 at least, as in a fused kernel
+    shares = torch.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(source.dtype)
     shares = functional.dropout(shares, dropout).view(size_b, heads * size_t, size_s)
     seen = torch.bmm(shares, source).to(query.dtype).view(size_b, heads, size_t, size_d)
     seen = seen.transpose(0, 1).reshape(heads, size_b * size_t, size_d)

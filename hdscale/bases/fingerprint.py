@@ -1,4 +1,4 @@
-"""A fingerprint of a base's weights that costs milliseconds, not a read of 44 GB."""
+"""A fingerprint of a base's weights that takes milliseconds, instead of reading 44 GB."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ SAMPLE_BYTES = 4096
 def fingerprint_weights(folder: str | Path) -> str | None:
     """sha256 over the headers of a folder's safetensors files and samples of their bytes.
 
-    Files are told apart by content, so the same weights in another folder have the same fingerprint. It tells one
-    checkpoint from another; it is no proof against a forger (`hdscale prepare` records full checksums).
+    It depends on the files' content alone, so the same weights in another folder have the same fingerprint. It
+    distinguishes checkpoints, but does not protect against forgery (`hdscale prepare` records full checksums).
 
     Returns:
-        64 hexadecimal digits, or None where the folder holds no safetensors.
+        64 hexadecimal digits, or None if the folder contains no safetensors.
+
+    Raises:
+        ValueError: for a file that is too short to be a safetensors file.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
@@ -32,7 +35,7 @@ def fingerprint_weights(folder: str | Path) -> str | None:
             (length,) = struct.unpack("<Q", head)
             digest.update(head + file.read(min(length, size)))
             start = 8 + length
-            # samples spread over the data: two checkpoints of one architecture share their headers
+            # samples from the whole file: two checkpoints of one architecture have the same header
             for index in range(SAMPLES):
                 file.seek(min(start + (size - start) * index // SAMPLES, size))
                 digest.update(file.read(SAMPLE_BYTES))

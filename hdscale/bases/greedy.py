@@ -1,4 +1,4 @@
-"""Greedy decoding in one small loop: what label tasks and short answers need, without the machinery of transformers' `generate`."""
+"""Greedy decoding in one small loop, for label tasks and short answers, without the overhead of transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from hdscale.bases.inference import TokenDecoder
 from hdscale.bases.interface import Adaptation
 
 FEWEST_LEFT = 3
-"""Tokens that may still come, below which no rows are dropped: copying what the others need takes time too."""
+"""With at most this many tokens left, finished rows are not dropped: copying the state of the others takes time too."""
 
 
 class Decoded(NamedTuple):
-    """What greedy decoding found.
+    """The result of greedy decoding.
 
     Attributes:
-        ids: token ids [B, 1 + T'], the decoder's start token first, padded behind </s>.
-        scores: float32 [B], the summed log-likelihood of each row's tokens, </s> included; None where not asked for.
+        ids: token ids [B, 1 + T'], the decoder's start token first, padded after </s>.
+        scores: float32 [B], the summed log-likelihood of each row's tokens, </s> included; None if not requested.
     """
 
     ids: Tensor
@@ -37,18 +37,19 @@ def greedy_decode(
     scored: bool = False,
     project_source: bool | None = None,
 ) -> Decoded:
-    """The likeliest token at each position, until every row has ended; the same tokens as transformers' greedy search.
+    """The most likely token at each position, until every row has ended: the same tokens as transformers' greedy search.
 
-    When half of the rows have ended, the others go on alone (which rows share a matrix product can change its last bits).
+    When half of the rows have ended, only the others are continued. (The last bits of a matrix product can depend on how
+    many rows it has.)
 
     Args:
         base: the T5-family model.
         hidden: [B, S, D], the encoding.
         attention_mask: [B, S].
-        adaptation: of the decoder, its adapters generated already (`for_generation`).
-        max_new_tokens: most tokens of a row, </s> included.
-        min_new_tokens: tokens before </s> is allowed.
-        scored: sum up the tokens' log-likelihoods.
+        adaptation: of the decoder, made by `for_generation`.
+        max_new_tokens: largest number of tokens of a row, </s> included.
+        min_new_tokens: number of tokens before </s> is allowed.
+        scored: also compute the tokens' log-likelihoods.
         project_source: see `TokenDecoder`.
     """
     config, device = base.config, hidden.device
@@ -71,7 +72,7 @@ def greedy_decode(
         best, token = logits.max(dim=-1)
         token = token.masked_fill(ended, config.pad_token_id)
         if scored:
-            # padding is no token, wherever it stands
+            # padding does not count as a token, wherever it is
             gained = (best.float() - total).masked_fill(token == config.pad_token_id, 0.0)
             scores = scores + gained if places is None else scores.index_add(0, places, gained)
         if places is None:
@@ -99,12 +100,12 @@ def greedy_decode(
 
 
 def lateness(device: torch.device) -> int:
-    """How many tokens later it is read how many rows go on: a GPU is then never waited for while it has no work."""
+    """How many tokens later the host reads the number of unfinished rows, so that a GPU always has work queued."""
     return 0 if device.type == "cpu" else 1
 
 
 class Number:
-    """A device's integer on its way to the host."""
+    """An integer that is being copied from a device to the host."""
 
     def __init__(self, value: Tensor) -> None:
         self.value, self.arrived = value, None
@@ -115,7 +116,7 @@ class Number:
             self.arrived.record()
 
     def read(self) -> int:
-        """Wait for it, but for nothing that was asked of the device since."""
+        """Wait for the number, but not for work that was queued after it."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return int(self.value)

@@ -1,8 +1,8 @@
-"""Passes without gradients over the stacks: fewer and larger operations than the modules of transformers make.
+"""Passes without gradients over the stacks, with fewer and larger operations than transformers' modules use.
 
-Masks and position biases are made once for all layers, and the decoder keeps its keys and values in tensors that are there from
-the start. Linears, norms and feed-forwards are the base's own modules, and an `Adaptation`'s hooks run in the same places as in
-training. Results equal those of the stacks' own passes up to rounding.
+Masks and position biases are computed once for all layers, and the decoder writes keys and values into tensors that are
+allocated at the start. Linears, norms and feed-forwards are the base's own modules, and the hooks of an `Adaptation` are
+called at the same places as in training. Results equal those of the stacks' own passes up to rounding.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from hdscale.bases.cross_attention import DECODING_GAIN, few_targets, unprojected_attention
 from hdscale.bases.interface import Adaptation
 from hdscale.bases.stacks import masked, source_mask
+from hdscale.ops.precision import at_least_float32
 
 MOST_EXPLICIT_SCORES = 128 * 128
-"""Queries times keys up to which a CPU takes the scores of a batch at once rather than in SDPA's tiles."""
+"""Queries times keys up to which a CPU computes the scores of a batch at once instead of using SDPA."""
 
 
 def encode(stack: nn.Module, input_ids: Tensor, attention_mask: Tensor, adaptation: Adaptation | None) -> Tensor:
-    """The encoder's output [B, S, D], as the stack's own forward gives it in evaluation.
+    """The encoder's output [B, S, D], equal to that of the stack's own forward in evaluation.
 
     Args:
         input_ids: [B, S]. attention_mask: [B, S].
@@ -48,16 +49,16 @@ def encode(stack: nn.Module, input_ids: Tensor, attention_mask: Tensor, adaptati
 
 
 class TokenDecoder:
-    """The decoder, one token of every row at a time.
+    """The decoder, one token per row at a time.
 
     Args:
         stack: the decoder.
         hidden: [B, S, D], the encoding.
         attention_mask: [B, S].
-        adaptation: of the decoder, made for generation.
-        most_tokens: that will be decoded.
-        project_source: keys and values of the source are computed and kept; otherwise queries are carried to the encoding
-            instead (see `hdscale.bases.cross_attention`). Default: what is cheaper.
+        adaptation: of the decoder, made by `for_generation`.
+        most_tokens: largest number of tokens that will be decoded.
+        project_source: compute and keep keys and values of the source; otherwise the source is not projected (see
+            `hdscale.bases.cross_attention`). Default: the cheaper way.
     """
 
     def __init__(
@@ -75,12 +76,12 @@ class TokenDecoder:
         if project_source is None:
             project_source = not few_targets(most_tokens, hidden.shape[1], attention.key_value_proj_dim, DECODING_GAIN)
         self.project_source = project_source or self.adapts_attention
-        # a CPU has no fused attention that is good at one query: the scores are taken in float32 there
-        self.kept = torch.promote_types(hidden.dtype, torch.float32) if hidden.device.type == "cpu" else hidden.dtype
+        # no fused attention of a CPU is fast for one query: the scores are computed in float32 there
+        self.kept = at_least_float32(hidden.dtype) if hidden.device.type == "cpu" else hidden.dtype
         self.bias = attention.compute_bias(most_tokens, most_tokens, device=hidden.device).to(self.kept)  # [1, H, T, T]
         self.decoded = 0
         self.prefixes = [0] * len(stack.block)
-        self.keys: list[Tensor] = []  # a layer: [B, H, prefix + T, d_kv]
+        self.keys: list[Tensor] = []  # per layer: [B, H, prefix + T, d_kv]
         self.values: list[Tensor] = []
         for layer in range(len(stack.block)):
             self._make_room(layer, hidden, most_tokens)
@@ -88,7 +89,7 @@ class TokenDecoder:
             self.source_bias = source_mask(attention_mask, self.kept)  # [B, 1, 1, S]
             self.source = [self._projected(layer, hidden) for layer in range(len(stack.block))]
         else:
-            self.hidden = at_least_float32(hidden)
+            self.hidden = hidden.to(at_least_float32(hidden.dtype))
             self.source_bias = source_mask(attention_mask, self.hidden.dtype)
 
     def _make_room(self, layer: int, hidden: Tensor, most_tokens: int) -> None:
@@ -115,10 +116,10 @@ class TokenDecoder:
         return key, value
 
     def keep(self, rows: Tensor) -> bool:
-        """Go on with some of the rows; whether the adaptation allows it.
+        """Continue with some of the rows, and return whether the adaptation allows that.
 
         Args:
-            rows: int64, those that stay, in order.
+            rows: int64, the rows to keep, in order.
         """
         if self.adaptation is not None:
             adaptation = self.adaptation.select(rows)
@@ -135,7 +136,7 @@ class TokenDecoder:
         return True
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens [B], the last of each row -> [B, D], what the head reads."""
+        """tokens [B], the last of each row -> [B, D], the input of the head."""
         x = self.stack.embed_tokens(tokens.unsqueeze(1))
         place = self.decoded
         bias = self.bias[:, :, place : place + 1, : place + 1]
@@ -173,7 +174,7 @@ class TokenDecoder:
 
 
 def project(attention: nn.Module, kind: str, name: str, layer: int, x: Tensor, adaptation: Adaptation | None) -> Tensor:
-    """A linear of an attention, adapted."""
+    """The adapted output of a linear of an attention."""
     y = getattr(attention, name)(x)
     if adaptation is not None and adaptation.adapts_attention:
         return adaptation.projection(layer, kind, name, x, y)
@@ -181,7 +182,7 @@ def project(attention: nn.Module, kind: str, name: str, layer: int, x: Tensor, a
 
 
 def self_attention_output(attention: nn.Module, layer: int, mixed: Tensor, adaptation: Adaptation | None) -> Tensor:
-    """What the self-attention's sub-layer adds."""
+    """The adapted output of the self-attention sub-layer, without the residual."""
     y = project(attention, "self", "o", layer, mixed, adaptation)
     return y if adaptation is None else adaptation.after_self_attention(layer, y)
 
@@ -197,11 +198,6 @@ def add_feed_forward(sub: nn.Module, layer: int, x: Tensor, adaptation: Adaptati
     return y if branch is None else y + branch
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """A 16-bit tensor as float32, another as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def split_heads(attention: nn.Module, x: Tensor) -> Tensor:
     """[B, L, H * d_kv] -> [B, H, L, d_kv]."""
     return x.unflatten(-1, (attention.n_heads, attention.key_value_proj_dim)).transpose(1, 2)
@@ -213,9 +209,9 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Attention without T5's missing scale: [B, H, L, d_kv]; `bias` is added to the scores."""
+    """Attention without scaling, as in T5: [B, H, L, d_kv]; `bias` is added to the scores."""
     if query.device.type == "cpu" and query.shape[2] * key.shape[2] <= MOST_EXPLICIT_SCORES:
-        query, key, precise = at_least_float32(query), at_least_float32(key), at_least_float32(value)
-        scores = torch.matmul(query, key.transpose(2, 3))
-        return torch.matmul(scores.add_(bias).softmax(dim=-1), precise).to(value.dtype)
+        wide_query, wide_key, wide_value = (tensor.to(at_least_float32(tensor.dtype)) for tensor in (query, key, value))
+        scores = torch.matmul(wide_query, wide_key.transpose(2, 3))
+        return torch.matmul(scores.add_(bias).softmax(dim=-1), wide_value).to(value.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)

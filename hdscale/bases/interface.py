@@ -1,15 +1,14 @@
-"""`Adaptation`: what a method adds to the blocks of one stack, as a value that travels through its forward.
+"""`Adaptation`: what a method adds to the blocks of one stack, as a value that is passed through its forward.
 
-Conditioning is an explicit argument and never an attribute left on a module: activation checkpointing then recomputes
-with the very same adapters, and beams, threads and micro-batches share no state.
+Conditioning is an explicit argument and never an attribute of a module: activation checkpointing then recomputes with
+the same adapters, and beams, threads and micro-batches share no state.
 
-Shapes in this room: B batch, S source, T target, D d_model, A adapter size, K hypernetwork bottleneck, N layers.
-R is the number of decoder rows: B, or B times the number of beams with the beams of an instance side by side.
+Shapes: B batch, S source, T target, D d_model, A adapter size, K hypernetwork bottleneck, N layers. R is the number of
+decoder rows: B, or B times the number of beams, with the beams of an instance adjacent.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,12 +16,12 @@ from torch import Tensor
 
 
 class Adaptation:
-    """Hooks that an adapted block calls; by default none of them changes anything.
+    """Hooks that an adapted block calls. By default none of them changes anything; a method overrides what it needs.
 
-    `layer` is the block's index in its stack. A method overrides what it needs.
+    `layer` is the block's index in its stack.
 
     Attributes:
-        adapts_attention: whether `projection` or `prefix` does anything; where not, transformers' own attention runs.
+        adapts_attention: whether `projection` or `prefix` changes anything; if not, transformers' own attention runs.
     """
 
     adapts_attention = False
@@ -46,13 +45,13 @@ class Adaptation:
         return y
 
     def projection(self, layer: int, attention: str, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """What a linear of an attention gives, adapted.
+        """The adapted output of a linear of an attention.
 
         Args:
             layer: index of the block.
             attention: "self" or "cross".
             name: "q", "k", "v" or "o".
-            x: [R, L, in], the linear's input. y: [R, L, out], what the frozen linear makes of it.
+            x: [R, L, in], the linear's input. y: [R, L, out], the frozen linear's output.
 
         Returns:
             [R, L, out].
@@ -60,40 +59,43 @@ class Adaptation:
         return y
 
     def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [B, H, P, d_kv] that every query of the self-attention sees before the tokens' own, or None.
+        """Keys and values [B, H, P, d_kv] in front of the tokens' own, which every query of the self-attention sees.
 
-        Like the adapters they are one a row, or one an instance with its beams side by side.
+        Like the adapters, there is one per row, or one per instance with its beams adjacent. None: no prefix.
         """
         return None
 
     def for_generation(self) -> Adaptation:
-        """The same adaptation with everything generated once, to be applied token by token."""
+        """The same adaptation with everything generated once, to be applied to one token after the other."""
         return self
 
     def select(self, rows: Tensor) -> Adaptation | None:
-        """The same adaptation, made for generation, for some of its instances; None where it cannot be cut.
+        """The same adaptation (made by `for_generation`) for some of its instances; None if that is not possible.
 
         Args:
-            rows: int64, the instances that stay, in order.
+            rows: int64, the instances to keep, in order.
         """
         return None
 
     def for_training(self, length: int) -> Adaptation:
-        """The same adaptation for one pass over `length` tokens, in which layers may share work of the backward pass."""
+        """The same adaptation for one pass over `length` tokens, whose layers may share work in the backward pass."""
         return self
 
 
 class ComposedAdaptation(Adaptation):
-    """Several adaptations of one stack at once: branches add up, prefixes stand one behind the other, hooks chain."""
+    """Several adaptations of one stack: branches are added, prefixes concatenated, the other hooks chained."""
 
     def __init__(self, members: Sequence[Adaptation]) -> None:
         self.members = list(members)
         self.adapts_attention = any(member.adapts_attention for member in self.members)
 
     def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor | None:
-        branches = [member.parallel(layer, x, normed) for member in self.members]
-        branches = [branch for branch in branches if branch is not None]
-        return functools.reduce(torch.add, branches) if branches else None
+        total: Tensor | None = None
+        for member in self.members:
+            branch = member.parallel(layer, x, normed)
+            if branch is not None:
+                total = branch if total is None else total + branch
+        return total
 
     def after_self_attention(self, layer: int, y: Tensor) -> Tensor:
         for member in self.members:
@@ -111,8 +113,7 @@ class ComposedAdaptation(Adaptation):
         return y
 
     def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        prefixes = [member.prefix(layer) for member in self.members]
-        prefixes = [prefix for prefix in prefixes if prefix is not None]
+        prefixes = [prefix for member in self.members if (prefix := member.prefix(layer)) is not None]
         if not prefixes:
             return None
         return torch.cat([keys for keys, _ in prefixes], dim=2), torch.cat([values for _, values in prefixes], dim=2)
@@ -121,18 +122,18 @@ class ComposedAdaptation(Adaptation):
         return ComposedAdaptation([member.for_generation() for member in self.members])
 
     def select(self, rows: Tensor) -> Adaptation | None:
-        members = [member.select(rows) for member in self.members]
-        return None if any(member is None for member in members) else ComposedAdaptation(members)
+        members = [selected for member in self.members if (selected := member.select(rows)) is not None]
+        return ComposedAdaptation(members) if len(members) == len(self.members) else None
 
     def for_training(self, length: int) -> Adaptation:
         return ComposedAdaptation([member.for_training(length) for member in self.members])
 
 
 class LayerwiseAdaptation(Adaptation):
-    """Another adaptation for each layer.
+    """A different adaptation for each layer.
 
     Args:
-        layers: for each of the stack's layers the adaptation, and the index by which that adaptation knows the layer.
+        layers: for each of the stack's layers its adaptation, and the layer's index within that adaptation.
     """
 
     def __init__(self, layers: Sequence[tuple[Adaptation, int]]) -> None:
@@ -164,10 +165,14 @@ class LayerwiseAdaptation(Adaptation):
         return LayerwiseAdaptation([(cached[id(member)], index) for member, index in self.layers])
 
     def select(self, rows: Tensor) -> Adaptation | None:
-        cut = {id(member): member.select(rows) for member, _ in self.layers}
-        if any(member is None for member in cut.values()):
-            return None
-        return LayerwiseAdaptation([(cut[id(member)], index) for member, index in self.layers])
+        selected: dict[int, Adaptation] = {}
+        for member, _ in self.layers:
+            if id(member) not in selected:
+                part = member.select(rows)
+                if part is None:
+                    return None
+                selected[id(member)] = part
+        return LayerwiseAdaptation([(selected[id(member)], index) for member, index in self.layers])
 
     def for_training(self, length: int) -> Adaptation:
         prepared = {id(member): member.for_training(length) for member, _ in self.layers}
@@ -178,7 +183,8 @@ class ScaledAdaptation(Adaptation):
     """An adaptation whose branch beside the feed-forward is multiplied by a factor.
 
     Args:
-        inner: the adaptation. scale: one factor, or [N], one a layer.
+        inner: the adaptation.
+        scale: one factor, or one per layer [N].
     """
 
     def __init__(self, inner: Adaptation, scale: float | Tensor) -> None:
@@ -212,13 +218,3 @@ class ScaledAdaptation(Adaptation):
 
     def for_training(self, length: int) -> Adaptation:
         return ScaledAdaptation(self.inner.for_training(length), self.scale)
-
-
-def per_instance(x: Tensor, instances: int) -> Tensor:
-    """Rows of an instance's beams as tokens of one matrix: x [R, L, C] -> [B, R / B * L, C], nothing copied."""
-    rows = x.shape[0]
-    if rows == instances:
-        return x
-    if instances == 0 or rows % instances:
-        raise ValueError(f"{rows} rows cannot be shared out evenly to {instances} instances")
-    return x.reshape(instances, rows // instances * x.shape[1], x.shape[2])

@@ -1,13 +1,14 @@
-"""The encoder over a micro-batch's tokens side by side in one sequence, without padding (`model.packing`).
+"""The encoder over a micro-batch whose tokens are concatenated to one sequence without padding (`model.packing`).
 
-Rows of unlike length are padded to the longest, and the encoder computes the padding too. Packed, the real tokens of all rows stand
-in one sequence [1, L]; norms, linears, feed-forwards and learned adapters see no rows anyway, and the attention is told which tokens
-belong together. On a GPU that is FlexAttention: a block mask by instance, so that blocks of two instances cost nothing, and T5's
-relative position bias added to the scores. FlexAttention has no backward pass on a CPU, where the attention is taken instance by
-instance. What leaves the encoder is a padded batch again: pooling, hypernetwork and decoder are as they were.
+Rows of different lengths are padded to the longest, and the encoder computes the padding too. Packed, the real tokens of
+all rows form one sequence [1, L]. Norms, linears, feed-forwards and learned adapters do not depend on rows, and the
+attention is told which tokens belong together. On a GPU it is FlexAttention, with a block mask by instance, so that blocks
+of two instances cost nothing, and with T5's relative position bias added to the scores. FlexAttention has no backward pass
+on a CPU, so the attention is computed instance by instance there. The encoder's output is a padded batch again, and
+pooling, hypernetwork and decoder are not affected.
 
-FlexAttention has no dropout of the attention's probabilities. A packed encoder leaves that dropout out on every device (all others
-stay), so that a run computes the same wherever it goes on.
+FlexAttention has no dropout of the attention's probabilities. A packed encoder omits that dropout on every device (but no
+other), so that a run computes the same when it resumes on another device.
 """
 
 from __future__ import annotations
@@ -24,20 +25,21 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from hdscale.bases.interface import Adaptation
 
 BLOCK = 128
-"""Queries and keys of a block of FlexAttention. On a GPU the packed length is a multiple of it: fewer shapes."""
+"""Queries and keys per block of FlexAttention. On a GPU the packed length is a multiple of it, for fewer shapes."""
 
 
 class Packing:
     """Where the tokens of a packed sequence come from, and how they attend to each other.
 
     Args:
-        positions: [L], where the real tokens stand among the B * S of the padded batch, in ascending order, those of a row side by
-            side; B * S itself stands for padding, at the end.
+        positions: [L], ascending: the indices of the real tokens among the B * S of the padded batch, those of a row
+            adjacent; at the end B * S itself, which means padding.
         shape: (B, S).
-        bias: [1, H, S, S], the position bias of tokens of one row.
+        bias: [1, H, S, S], the position bias of the tokens of one row.
 
     Attributes:
-        rows: [L], the instance of a token; B: padding. places: [L], its place within the row.
+        rows: [L], the instance of each token; B for padding.
+        places: [L], the token's position within its row.
     """
 
     def __init__(self, positions: Tensor, shape: tuple[int, int], bias: Tensor) -> None:
@@ -49,13 +51,13 @@ class Packing:
             self._attend = self._flexible(compiled_flex_attention())
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention within instances, without T5's missing scale: all [1, H, L, d_kv]."""
+        """Attention within instances, without scaling as in T5: all [1, H, L, d_kv]."""
         return self._attend(query, key, value)
 
     def padded(self, x: Tensor) -> Tensor:
         """[1, L, D] -> [B, S, D], zero at padding."""
         size_b, size_s = self.shape
-        # one place more, for whatever is padding in the packed sequence
+        # one row more, for the padding of the packed sequence
         filled = x.new_zeros(size_b * size_s + 1, x.shape[-1]).index_copy(0, self.positions, x.squeeze(0))
         return filled[:-1].view(size_b, size_s, -1)
 
@@ -98,10 +100,10 @@ class Packing:
 
 
 def block_mask_of(rows: Tensor) -> BlockMask:
-    """FlexAttention's mask of tokens that see their own instance only.
+    """FlexAttention's mask by which tokens see their own instance only.
 
-    The instances stand one behind the other, so the first and the last token of two blocks say whether they share an instance:
-    nothing of size L * L is formed, and the host is told nothing.
+    The instances follow each other, so the first and the last token of two blocks show whether the blocks share an
+    instance. Nothing of size L * L is computed, and no value is copied to the host.
 
     Args:
         rows: [L], the instance of each token, ascending.
@@ -111,7 +113,7 @@ def block_mask_of(rows: Tensor) -> BlockMask:
     starts = torch.arange(blocks, device=rows.device) * BLOCK
     first, last = rows[starts], rows[(starts + BLOCK - 1).clamp(max=length - 1)]
     shared = (first[:, None] <= last) & (first <= last[:, None])
-    # a block of one instance alone against another of the same needs no look at its tokens
+    # two blocks that both lie within one instance need no mask
     whole = (
         (first[:, None] == last)
         & (first == last[:, None])
@@ -120,7 +122,7 @@ def block_mask_of(rows: Tensor) -> BlockMask:
     )
 
     def listed(member: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each block of queries: how many blocks of keys are members, and their indices first."""
+        """For each block of queries: how many blocks of keys are members, and all indices, members first."""
         order = member.int().argsort(dim=1, descending=True, stable=True)
         return member.sum(dim=1, dtype=torch.int32)[None, None], order.int()[None, None]
 
@@ -134,7 +136,7 @@ def block_mask_of(rows: Tensor) -> BlockMask:
 
 @functools.cache
 def compiled_flex_attention() -> Callable[..., Tensor]:
-    """FlexAttention is a kernel only when compiled; once for all layers and lengths."""
+    """FlexAttention, compiled once for all layers and lengths; only compiled is it a single kernel."""
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -145,8 +147,10 @@ def encode(
 
     Args:
         stack: the encoder.
-        input_ids: [B, S]. attention_mask: [B, S], the tokens of a row side by side.
-        positions: [L], where the mask is 1 among the B * S (`collate` knows it); None: looked up, for which a GPU's host has to wait.
+        input_ids: [B, S].
+        attention_mask: [B, S], the tokens of a row adjacent.
+        positions: [L], the indices of ones among the B * S of the mask (`collate` computes them); None: computed here,
+            for which the host has to wait for a GPU.
         adaptation: the same for all instances.
     """
     if positions is None:
@@ -157,7 +161,7 @@ def encode(
     size_s = input_ids.shape[1]
     bias = stack.block[0].layer[0].SelfAttention.compute_bias(size_s, size_s, device=input_ids.device)
     packing = Packing(positions, tuple(input_ids.shape), bias)
-    # any token will do for padding
+    # padding can be any token
     tokens = input_ids.flatten().index_select(0, positions.clamp(max=padding - 1)).unsqueeze(0)
     x = stack.dropout(stack.embed_tokens(tokens))
     for block in stack.block:

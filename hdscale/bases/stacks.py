@@ -1,9 +1,9 @@
-"""Transformers' T5 and MT5 stacks with the attention's additive mask made once for all layers.
+"""Transformers' T5 and MT5 stacks, with the attention's additive mask computed once for all layers.
 
-What a query may see and T5's relative position bias are the same in every layer of a stack. Transformers joins the two in each
-layer, and autograd keeps each layer's copy, [B, H, S, S], for the backward pass: at 512 tokens more than all other activations.
-Here the joined mask is computed before the first block and travels as the position bias, so that one copy is kept. It needs no
-look at the mask's values on the host either, which would make a GPU wait.
+The attention mask and T5's relative position bias are the same in every layer of a stack. Transformers adds the two in each
+layer, and autograd keeps each layer's sum, [B, H, S, S], for the backward pass: at 512 tokens more than all other
+activations. Here the sum is computed before the first block and passed as the position bias, so that only one copy is kept.
+The host does not need to read the mask's values either, which would make it wait for a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hdscale.bases.interface import Adaptation
 
 
 class AdaptedStack:
-    """Mixin over T5Stack and MT5Stack. What it has no own way for runs as transformers has it."""
+    """Mixin for T5Stack and MT5Stack. Inputs that it does not support are passed to transformers' own forward."""
 
     def forward(
         self,
@@ -64,7 +64,7 @@ class AdaptedStack:
         else:
             own = bias.contiguous() if attention_mask is None else masked(bias, attention_mask[:, None, None, :].bool())
         x = self.dropout(x)
-        # nobody needs to add a causal mask to one that has it
+        # the bias includes the causal mask already
         rest = {"past_key_values": past_key_values, "adaptation": adaptation, "is_causal": False}
         if (
             self.is_decoder
@@ -78,7 +78,7 @@ class AdaptedStack:
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, past_key_values=past_key_values)
 
     def _source_unprojected(self, targets: int, source: Tensor, adaptation: Adaptation | None) -> bool:
-        """Whether cross-attention looks at the source without projecting it to keys and values: see `unprojected_attention`."""
+        """Whether cross-attention does not project the source to keys and values: see `unprojected_attention`."""
         if self.config._attn_implementation == "eager" or (adaptation is not None and adaptation.adapts_attention):
             return False
         return few_targets(targets, source.shape[1], self.config.d_kv)
@@ -92,7 +92,7 @@ class AdaptedStack:
         past_key_values: Any,
         use_cache: bool | None,
     ) -> bool:
-        """Whether this is a pass over whole sequences without a cache, or of one more token with one."""
+        """Whether this is a pass over whole sequences without a cache, or over one more token with a cache."""
         if not self.is_decoder:
             return attention_mask is None or attention_mask.dim() == 2
         if attention_mask is not None or encoder_hidden_states is None or encoder_attention_mask is None:
@@ -109,7 +109,7 @@ class AdaptedStack:
 
 
 def masked(bias: Tensor, visible: Tensor) -> Tensor:
-    """The position bias where a query may see a key, and the least number elsewhere: what is added to the scores.
+    """What is added to the scores: the position bias where a query may see a key, elsewhere the smallest number.
 
     Args:
         bias: [1, H, L, keys]. visible: boolean, broadcastable to it or to [B, H, L, keys].
@@ -118,6 +118,6 @@ def masked(bias: Tensor, visible: Tensor) -> Tensor:
 
 
 def source_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, S] -> [B, 1, 1, S]: 0 at source tokens, the least number at padding. Cross-attention has no position bias."""
+    """[B, S] -> [B, 1, 1, S]: 0 at tokens, the smallest number at padding. Cross-attention has no position bias."""
     zero = torch.zeros((), dtype=dtype, device=attention_mask.device)
     return torch.where(attention_mask[:, None, None, :].bool(), zero, torch.finfo(dtype).min)

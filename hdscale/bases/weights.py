@@ -1,8 +1,8 @@
 """Load a base from safetensors without a copy of it in each rank's host memory.
 
-The ranks of a node map the same files, so that the pages are shared. A tensor that lies there in the wanted dtype is
-used where it is (host memory of its own: none); otherwise it is converted, or sent to the GPU, one after the other
-(host memory: one tensor). `from_pretrained(...).to(device)` would hold the whole model in each rank first: 8 x 22 GB for
+The ranks of a node map the same files into memory and share their pages. A tensor that is stored in the wanted dtype is
+used in place, without further host memory. Otherwise the tensors are converted or copied to the GPU one by one, with host
+memory for one tensor. `from_pretrained(...).to(device)` would first hold the whole model in each rank: 8 x 22 GB for
 T5-XXL in bf16 from a float32 checkpoint.
 """
 
@@ -24,10 +24,10 @@ SINGLE = "model.safetensors"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, [] where it has none.
+    """The safetensors files of a checkpoint folder; [] if it has none.
 
     Raises:
-        UserError: if the index names files that are not there, or cannot be read.
+        UserError: if the index cannot be read, or names files that do not exist.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -53,11 +53,12 @@ def load_mapped(
 
     Args:
         base: built from the folder's configuration on the meta device, head and embeddings tied.
-        dtype: of the weights. device: of the weights.
-        untie_head: gives the model a head of its own; called where the checkpoint has one.
+        folder: with safetensors files.
+        dtype, device: of the weights.
+        untie_head: gives the model a separate head; called if the checkpoint has one.
 
     Raises:
-        UserError: for a file that cannot be read, a missing tensor, or one of another shape.
+        UserError: for a file that cannot be read, a missing tensor, or a tensor of another shape.
     """
     files = weight_files(folder)
     own_head = False
@@ -75,7 +76,7 @@ def load_mapped(
         with opened(file) as tensors:
             for name in tensors.keys():
                 if name in groups and groups[name][0] in missing:
-                    # mapped: no copy where neither dtype nor device changes
+                    # memory-mapped: no copy is made if neither dtype nor device changes
                     tensor = tensors.get_tensor(name).to(device=device, dtype=dtype)
                     place(base, groups[name], tensor, file)
                     missing.discard(groups[name][0])
@@ -83,7 +84,7 @@ def load_mapped(
         raise UserError(f"{folder} has no tensor {sorted(missing)[0]} ({len(missing)} are missing); fetch it again")
     for name, buffer in list(base.named_buffers()):
         if buffer.is_meta:
-            raise UserError(f"{folder}: {name} is no weight of the checkpoint; load it with transformers")
+            raise UserError(f"{folder}: the checkpoint does not contain the buffer {name}; load it with transformers")
     if (folder / "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(folder)
     return base.eval()
@@ -94,11 +95,15 @@ def opened(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is not a whole safetensors file ({error}); fetch the checkpoint again") from error
+        raise UserError(f"{file} is not a complete safetensors file ({error}); fetch the checkpoint again") from error
 
 
 def place(base: nn.Module, names: list[str], tensor: torch.Tensor, file: Path) -> None:
-    """Put a tensor in place of the meta parameter that all these names share."""
+    """Replace the meta parameter that all these names share by a tensor.
+
+    Raises:
+        UserError: if the tensor has another shape.
+    """
     parameter = nn.Parameter(tensor)
     for name in names:
         module_name, _, leaf = name.rpartition(".")
@@ -106,6 +111,7 @@ def place(base: nn.Module, names: list[str], tensor: torch.Tensor, file: Path) -
         expected = tuple(getattr(module, leaf).shape)
         if tuple(tensor.shape) != expected:
             raise UserError(
-                f"{file}: {name} has shape {tuple(tensor.shape)}, config.json says {expected}; fetch the checkpoint again"
+                f"{file}: {name} has shape {tuple(tensor.shape)}, but config.json says {expected}; "
+                "fetch the checkpoint again"
             )
         module.register_parameter(leaf, parameter)

@@ -27,7 +27,9 @@ from torch import Tensor
 from hdscale.errors import UserError, nearest
 from hdscale.ops import AdapterHeads, generated_adapter, generated_adapter_reference, share_heads
 from hdscale.ops.backend import availability, resolve_backend
-from hdscale.ops.verify import TOLERANCE, Case, Shape, random_case, relative_errors
+from hdscale.ops.cases import TOLERANCE, Case, random_case
+from hdscale.ops.naive import Shape
+from hdscale.ops.verify import relative_errors
 
 NAMED_SHAPES = {  # D, A, K, layers of the decoder
     "base": (768, 64, 128, 12),

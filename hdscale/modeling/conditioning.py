@@ -8,16 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from hdscale.errors import UserError
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which sums over tokens are taken: float32 for half precision."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+from hdscale.ops.precision import at_least_float32
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean over the tokens that are not padding: hidden [B, S, D], mask [B, S] -> [B, D], summed in float32."""
-    weight = mask.unsqueeze(-1).to(wide(hidden.dtype))
+    weight = mask.unsqueeze(-1).to(at_least_float32(hidden.dtype))
     total = (hidden.to(weight.dtype) * weight).sum(dim=1)
     return (total / weight.sum(dim=1).clamp(min=1.0)).to(hidden.dtype)
 
@@ -30,7 +26,7 @@ def stretch_means(hidden: Tensor, mask: Tensor, pools: int) -> Tensor:
     length = mask.sum(dim=1, keepdim=True).clamp(min=1)
     stretch = (mask.cumsum(dim=1) - 1) * pools // length  # [B, S]
     member = (stretch.unsqueeze(-1) == torch.arange(pools, device=mask.device)) & (mask.unsqueeze(-1) > 0)
-    weight = member.to(wide(hidden.dtype))  # [B, S, P]
+    weight = member.to(at_least_float32(hidden.dtype))  # [B, S, P]
     total = weight.transpose(1, 2) @ hidden.to(weight.dtype)  # [B, P, D]
     return (total / weight.sum(dim=1).clamp(min=1.0).unsqueeze(-1)).to(hidden.dtype).flatten(1)
 
@@ -45,7 +41,7 @@ class AttentionPooling(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """hidden [B, S, D], mask [B, S] -> [B, P * D]."""
         score = hidden @ self.queries.T / math.sqrt(hidden.shape[-1])  # [B, S, P]
-        score = score.to(wide(hidden.dtype)).masked_fill(mask.unsqueeze(-1) == 0, -math.inf)
+        score = score.to(at_least_float32(hidden.dtype)).masked_fill(mask.unsqueeze(-1) == 0, -math.inf)
         weight = torch.softmax(score, dim=1)
         return (weight.transpose(1, 2) @ hidden.to(weight.dtype)).to(hidden.dtype).flatten(1)
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hdscale.bases.interface import Adaptation, per_instance
+from hdscale.bases.interface import Adaptation
 from hdscale.errors import UserError, nearest
 from hdscale.modeling.settings import LoraSettings
+from hdscale.ops import group_by_instance
 
 LINEARS = "qkvo"
 ATTENTIONS = ("self", "cross", "all")
@@ -62,7 +63,7 @@ def linear_key(attention: str, name: str) -> str:
 
 def apply_low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """Each instance's own update of its rows: x [R, L, in], down [B, in, r], up [B, r, out] -> [R, L, out]."""
-    grouped = per_instance(x, down.shape[0])
+    grouped = group_by_instance(x, down.shape[0])
     return (grouped @ down @ up).reshape(*x.shape[:-1], up.shape[-1])
 
 

@@ -1,4 +1,4 @@
-"""Batched adapter generation: one operator, its plain-PyTorch definition, and the kernels that compute it."""
+"""Batched adapter generation: one operator, its plain-PyTorch definition, and its C++ and CUDA kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hdscale.ops.naive import (
     apply_adapter,
     generate_adapter_weights,
     generated_adapter_reference,
+    group_by_instance,
 )
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "generate_adapter_weights",
     "generated_adapter",
     "generated_adapter_reference",
+    "group_by_instance",
     "share_heads",
 ]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hdscale.errors import UserError, nearest
 from hdscale.ops.build import BuildError, load_kernels
-from hdscale.ops.naive import AdapterHeads
-from hdscale.ops.verify import TOLERANCE, Shape, random_case, reference, relative_error
+from hdscale.ops.cases import TOLERANCE, random_case, reference, relative_error
+from hdscale.ops.naive import AdapterHeads, Shape
 
 BACKENDS = ("auto", "cpp", "cuda", "torch")
 _DEVICE = {"cpp": "cpu", "cuda": "cuda"}
@@ -23,17 +23,22 @@ logger = logging.getLogger("hdscale.ops")
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can be used in this process, and the reason if not."""
+    """Whether a backend can be used in this process.
+
+    Attributes:
+        usable: whether it can.
+        reason: why not; of a usable backend, what its kernels are.
+        seconds: how long their build took, now or earlier.
+    """
 
     usable: bool
     reason: str
-    seconds: float = 0.0  # how long its build took, whenever that was
+    seconds: float = 0.0
 
 
 @functools.cache
 def availability(backend: str) -> Availability:
-    """Build (at first use) and load a backend's kernels. A failure is warned of once, and kept as the
-    reason."""
+    """Build (at first use) and load a backend's kernels. A failure is logged once as a warning, and is the reason."""
     if backend == "torch":
         return Availability(True, "plain PyTorch")
     if backend == "cuda" and not torch.cuda.is_available():
@@ -72,7 +77,10 @@ def _first_use_errors() -> dict[str, float]:
         )
         y, hidden = kernels.generated_adapter(x_l, code, *heads[:4], *(bias.float() for bias in biases))
         dx, dz, dhidden_bias = kernels.generated_adapter_backward(dy, hidden, code, *heads[:4])
-        ys.append(y), dxs.append(dx), dzs.append(dz), hiddens.append(hidden)
+        ys.append(y)
+        dxs.append(dx)
+        dzs.append(dz)
+        hiddens.append(hidden)
         dbias += dhidden_bias.double().sum(0)
     found = kernels.generated_adapter_heads_backward(
         x, dzs, hiddens, list(case.dy), case.code, heads.down_weight, heads.up_weight
@@ -92,40 +100,46 @@ def _usable(backend: str) -> bool:
 
 
 def resolve_backend(wanted: str, *tensors: Tensor, shape: Shape | None = None) -> str:
-    """The backend that computes on these tensors, at this shape if it is given: `cpp`, `cuda` or `torch`.
+    """The backend that computes on these tensors, at this shape if one is given: `cpp`, `cuda` or `torch`.
+
+    Args:
+        wanted: `method.backend`.
+        tensors: the operator's inputs; `auto` looks at their number types and device.
+        shape: of the call.
 
     Raises:
-        UserError: `wanted` is unknown, belongs to another device, or cannot be built here.
+        UserError: if `wanted` is unknown, belongs to another device, or cannot be built on this machine.
     """
     if wanted == "torch":
         return wanted
     device = tensors[0].device.type
     if wanted == "auto":
         backend = {"cpu": "cpp", "cuda": "cuda"}.get(device, "torch")
-        fits = backend != "torch" and _fits(backend, tensors, shape) and _usable(backend)
-        return backend if fits else "torch"
+        possible = backend != "torch" and supports(backend, tensors, shape) and _usable(backend)
+        return backend if possible else "torch"
     if wanted not in BACKENDS:
         raise UserError(f"method.backend={wanted} is unknown{nearest(wanted, BACKENDS)}")
     if device != _DEVICE[wanted]:
         raise UserError(f"method.backend={wanted} cannot compute on {device}; use method.backend=auto")
     if not _usable(wanted):
         reason = availability(wanted).reason
-        raise UserError(f"method.backend={wanted} is not to be had here ({reason}); use method.backend=auto")
-    # a type that the kernels lack falls back rather than failing: float64 in a test, float32 on a GPU
-    return wanted if _fits(wanted, tensors, shape) else "torch"
+        raise UserError(f"method.backend={wanted} is not available on this machine ({reason}); use method.backend=auto")
+    # number types without kernels fall back to PyTorch instead of failing: float64 in a test, float32 on a GPU
+    return wanted if supports(wanted, tensors, shape) else "torch"
 
 
-CUDA_MOST_CODE, CUDA_MOST_LAYERS = 480, 64
+LARGEST_CUDA_CODE, MOST_CUDA_LAYERS = 480, 64
+"""Largest K and N that the CUDA kernels support."""
 
 
-def cuda_takes(shape: Shape) -> bool:
-    """Whether the CUDA kernels take a shape: what `takes` of `csrc/gpu_launch.h` says, before anything is launched."""
+def cuda_supports(shape: Shape) -> bool:
+    """Whether the CUDA kernels support a shape: the rule of `takes` in `csrc/gpu_launch.h`, before any launch."""
     B, T, D, A, K, N = shape
     most, most_blocks = 1 << 30, (1 << 31) - 1
     instances, tokens = (64, 8) if T <= 8 else (16, 32) if T <= 32 else (8, 64)
     return (
-        K <= CUDA_MOST_CODE
-        and N <= CUDA_MOST_LAYERS
+        K <= LARGEST_CUDA_CODE
+        and N <= MOST_CUDA_LAYERS
         and D * A < most
         and N * B < most
         and B * T < most
@@ -135,9 +149,9 @@ def cuda_takes(shape: Shape) -> bool:
     )
 
 
-def _fits(backend: str, tensors: tuple[Tensor, ...], shape: Shape | None) -> bool:
+def supports(backend: str, tensors: tuple[Tensor, ...], shape: Shape | None) -> bool:
+    """Whether a backend's kernels support these tensors, which must share one number type and device, and the shape."""
     first = tensors[0]
     same = all(tensor.dtype == first.dtype and tensor.device == first.device for tensor in tensors)
-    if backend == "cuda" and shape is not None:
-        same = same and cuda_takes(shape)
-    return same and first.dtype in _DTYPES[backend]
+    shape_supported = backend != "cuda" or shape is None or cuda_supports(shape)
+    return same and shape_supported and first.dtype in _DTYPES[backend]

@@ -1,11 +1,10 @@
-"""The plain-PyTorch definition of generated adapters: what every kernel is compared with, and what runs where
-no compiler is.
+"""The plain-PyTorch definition of generated adapters: kernels are compared with it, and it runs where there are none.
 
-Shape legend: B instances, R rows (instances times beams), T tokens, D model size, A adapter size, K
-hypernetwork bottleneck.
+Shape legend: B instances, R rows (instances times beams), T tokens, D model size, A adapter size, K hypernetwork
+bottleneck, N layers.
 
-The hypernetwork's four heads turn the code `h` of an instance and a layer into that instance's adapter
-(paper, Eq. 3-7):
+The hypernetwork's four heads turn the code `h` of an instance and a layer into that instance's adapter (Eq. 3-7 of the
+paper):
 
     down = W_down h + c_down  as [D, A]        up   = W_up h + c_up  as [A, D]
     b_d  = V_down h + v_down  [A]              b_u  = V_up h + v_up  [D]
@@ -19,6 +18,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Shape(NamedTuple):
+    """Sizes of a call: instances, tokens, model, adapter, bottleneck, layers."""
+
+    B: int
+    T: int
+    D: int
+    A: int
+    K: int
+    N: int = 1
 
 
 class AdapterHeads(NamedTuple):
@@ -59,39 +69,44 @@ def generate_adapter_weights(code: Tensor, heads: AdapterHeads) -> AdapterWeight
     )
 
 
-def apply_adapter(x: Tensor, weights: AdapterWeights, rows: Tensor | None = None) -> Tensor:
+def group_by_instance(x: Tensor, instances: int) -> Tensor:
+    """The rows of an instance's beams as tokens of one matrix: x [R, L, C] -> [B, R / B * L, C], without a copy.
+
+    Row r belongs to instance r // (R / B): the layout of beam search, where the beams of an instance are adjacent.
+
+    Raises:
+        ValueError: if R is not a multiple of B.
+    """
+    rows = x.shape[0]
+    if rows == instances:
+        return x
+    if instances == 0 or rows % instances:
+        raise ValueError(f"{rows} rows cannot be divided evenly among {instances} instances")
+    return x.reshape(instances, rows // instances * x.shape[1], x.shape[2])
+
+
+def apply_adapter(x: Tensor, weights: AdapterWeights) -> Tensor:
     """Apply generated adapters, one per instance, to R rows of tokens.
 
     Args:
-        x: hidden states [R, T, D].
+        x: hidden states [R, T, D]; R is B, or B times the number of beams (see `group_by_instance`).
         weights: the adapters of B instances.
-        rows: the instance of each row, int64 [R]. Without it R must be a multiple of B, and row r belongs to
-            instance r // (R / B): the layout of beam search, where an instance's beams lie side by side. That
-            case gathers nothing: the beams of an instance are tokens of one matrix product.
 
     Returns:
         [R, T, D], without the residual.
 
     Raises:
-        ValueError: R is no multiple of B and `rows` is not given.
+        ValueError: if R is not a multiple of B.
     """
-    size_r, size_t, size_d = x.shape
-    size_b = weights.down.shape[0]
-    if rows is not None:
-        weights = AdapterWeights(*(tensor.index_select(0, rows) for tensor in weights))
-    elif size_r != size_b:
-        if size_b == 0 or size_r % size_b:
-            raise ValueError(f"{size_r} rows cannot be shared out evenly to {size_b} instances; pass rows=")
-        x = x.reshape(size_b, size_r // size_b * size_t, size_d)
-    hidden = torch.relu(torch.baddbmm(weights.down_bias.unsqueeze(1), x, weights.down))
-    y = torch.baddbmm(weights.up_bias.unsqueeze(1), hidden, weights.up)
-    return y.view(size_r, size_t, size_d)
+    grouped = group_by_instance(x, weights.down.shape[0])
+    hidden = torch.relu(torch.baddbmm(weights.down_bias.unsqueeze(1), grouped, weights.down))
+    return torch.baddbmm(weights.up_bias.unsqueeze(1), hidden, weights.up).view(x.shape)
 
 
 def generated_adapter_reference(x: Tensor, code: Tensor, heads: AdapterHeads) -> Tensor:
     """Generate one layer's adapters for B instances and apply them: x [B, T, D], code [B, K] -> y [B, T, D].
 
-    Autograd keeps every generated weight until the backward pass (2*B*D*A numbers a layer); the compiled
-    operator exists so that it need not.
+    Autograd keeps every generated weight until the backward pass: 2*B*D*A numbers per layer. The compiled operator
+    avoids that.
     """
     return apply_adapter(x, generate_adapter_weights(code, heads))

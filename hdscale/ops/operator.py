@@ -1,35 +1,38 @@
 """`torch.ops.hdscale.*`: schemas, shapes for tracing, gradients and autocast of the compiled operator.
 
-Nothing that grows with D*A per instance is kept for the backward pass: it keeps the inputs and the adapter's
-hidden activations [B, T, A], and generates the adapters again.
+Nothing whose size grows with D*A per instance is kept for the backward pass: that pass keeps the inputs and the
+adapter's hidden activations [B, T, A], and generates the adapters again.
 
-The heads' gradient is the expensive half of the backward pass, because each of N layers adds to the same two
-large matrices. Two forms are offered:
+The heads' gradient is the expensive half of the backward pass, because each of N layers adds to the same two large
+matrices. It can be computed in two ways:
 
-* `generated_adapter`: stands alone; each call's backward pass forms the heads' whole gradient, and autograd
-  adds them.
-* `generated_adapter_tokens` + `generated_adapter_shared`: one pass over the heads for all layers. The first
-  turns codes and heads into *tokens*, tensors without memory that stand for what one layer's backward pass
-  knows about that gradient: x, dz, hidden and dy. The second takes a layer's tokens as inputs, and its
-  backward pass returns these factors as *the tokens' gradients*. Autograd thus carries the factors of every
-  layer to one node, which forms the gradient of heads and codes at once. There is no state beside the
-  graph: activation checkpointing, `retain_graph`, `torch.compile` and gradient hooks (each parameter's
-  fires once, with the whole sum) see an ordinary function.
+* `generated_adapter`: each call's backward pass computes the heads' whole gradient, and autograd adds them.
+* `generated_adapter_tokens` + `generated_adapter_shared`: one pass over the heads for all layers. The first turns codes
+  and heads into *tokens*: tensors without memory, one for each factor of that gradient which one layer's backward pass
+  knows: x, dz, hidden and dy. The second takes a layer's tokens as inputs, and its backward pass returns these factors
+  as *the tokens' gradients*. Autograd thus carries the factors of every layer to one node, which computes the gradient
+  of heads and codes at once. There is no state outside the graph: activation checkpointing, `retain_graph`,
+  `torch.compile` and gradient hooks (each parameter's fires once, with the whole sum) see an ordinary function.
 
-Every operator here has a plain-PyTorch implementation, used on devices for which no kernels are loaded. The
-three `generated_adapter_by_products` operators have no other: they compute the same by library matrix products
-over whole generated matrices, which a CPU does faster than tile by tile once there are many tokens (see
-`by_products`). They generate the matrices again in the backward pass too.
+Every operator here has a plain-PyTorch implementation, used on devices for which no kernels are loaded. The three
+`generated_adapter_by_products` operators have no other implementation: they compute the same with the library's matrix
+products over whole generated matrices, which is faster on a CPU than tile by tile once there are many tokens (see
+`matrix_products_are_faster`). They too generate the matrices again in the backward pass.
 
-The generated biases `hidden_bias` and `out_bias`, and their gradients, are float32 for bfloat16 tensors: the
-gradient of a bias is a sum of B * T terms of either sign into A numbers, perhaps into one, and every rounding on
-the way shows where they cancel.
+The generated biases `hidden_bias` and `out_bias`, and their gradients, are float32 for bfloat16 tensors: the gradient
+of a bias sums B * T terms of either sign into A numbers, possibly into one, and where they cancel, every rounding
+error on the way is visible.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from hdscale.ops.precision import at_least_float32
 
 _WEIGHTS = "Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias"
 _LAYER = f"Tensor x, Tensor code, {_WEIGHTS}, Tensor hidden_bias, Tensor out_bias"
@@ -60,40 +63,38 @@ FACTORS = 4
 def few_tokens(length: int, d_model: int, dim: int) -> bool:
     """Whether T tokens' activations are smaller than the weights generated for them: T (D + A) <= D A.
 
-    Beyond it, keeping generated weights costs little beside keeping what they are applied to, and generating them
-    again costs more time than not writing them saves (measured on CPU, hdscale/bench/results/).
+    With more tokens, keeping the generated weights costs little compared with keeping their inputs, and generating them
+    again takes more time than it saves (measured on CPU, hdscale/bench/results/).
     """
     return length * (d_model + dim) <= d_model * dim
 
 
-def gains(device: str, dtype: torch.dtype, length: int, d_model: int, dim: int) -> bool:
-    """Whether `auto` takes the operator: few tokens, and half as many for bfloat16 on a CPU, whose library products
-    are faster while the kernels apply generated tiles in float32 (measured, hdscale/bench/results/)."""
+def operator_is_faster(device: str, dtype: torch.dtype, length: int, d_model: int, dim: int) -> bool:
+    """Whether `auto` chooses the operator: for few tokens, and for half as many in bfloat16 on a CPU.
+
+    The library's bfloat16 products are faster there, while the kernels apply generated tiles in float32 (measured,
+    hdscale/bench/results/).
+    """
     twice = device == "cpu" and dtype == torch.bfloat16
     return few_tokens(2 * length if twice else length, d_model, dim)
 
 
-def by_products(device: str, length: int, d_model: int, dim: int) -> bool:
-    """Whether library matrix products compute this faster than the tiled kernels: many tokens, on a CPU.
+def matrix_products_are_faster(device: str, length: int, d_model: int, dim: int) -> bool:
+    """Whether the library's matrix products compute this faster than the tiled kernels: for many tokens, on a CPU.
 
-    Small adapters stay with the kernels, which never round a generated weight: the fewer numbers a bias's gradient
-    has, the likelier it is that its terms cancel in all of them.
+    Small adapters always use the kernels, which never round a generated weight: the fewer numbers the gradient of a
+    bias has, the likelier it is that the terms cancel in all of them.
     """
     return device == "cpu" and dim >= 16 and not few_tokens(length, d_model, dim)
 
 
 def _family(x: Tensor, dim: int) -> str:
-    return _FAMILIES[1 if by_products(x.device.type, x.shape[1], x.shape[2], dim) else 0]
+    return _FAMILIES[1 if matrix_products_are_faster(x.device.type, x.shape[1], x.shape[2], dim) else 0]
 
 
-def forward_for(x: Tensor, dim: int):
-    """The operator that computes x's adapters: by tiles or by library products."""
+def forward_for(x: Tensor, dim: int) -> Callable[..., Any]:
+    """The operator that computes x's adapters of size `dim`: tile by tile, or with matrix products."""
     return getattr(_OPS, _family(x, dim))
-
-
-def wide_type(dtype: torch.dtype) -> torch.dtype:
-    """The type in which biases are generated and their gradients summed."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 # ---- plain implementations -------------------------------------------------------------------------------
@@ -117,17 +118,17 @@ def _backward(dy, hidden, code, down_weight, down_bias, up_weight, up_bias):
     dz = torch.bmm(dy, up.transpose(1, 2)).masked_fill_(hidden <= 0, 0)
     del up
     down = _generate(code, down_weight, down_bias, dy.shape[2])
-    return torch.bmm(dz, down.transpose(1, 2)), dz, dz.sum(1, dtype=wide_type(dz.dtype))
+    return torch.bmm(dz, down.transpose(1, 2)), dz, dz.sum(1, dtype=at_least_float32(dz.dtype))
 
 
 PARTIAL_SUMS = 4
-"""Of the heads' gradient: layers are taken together so that no more are rounded on the way."""
+"""The heads' gradient is summed in this many parts: several layers together, so that fewer sums are rounded."""
 
 
 def _heads_backward(x, dz, hidden, dy, code, down_weight, up_weight):
     layers, size_b, size_k = code.shape
     together = -(-layers // PARTIAL_SUMS)
-    dcode = code.new_zeros(code.shape, dtype=wide_type(code.dtype))
+    dcode = code.new_zeros(code.shape, dtype=at_least_float32(code.dtype))
     found: list[Tensor] = []
     for weight, inputs, grads in ((down_weight, x, dz), (up_weight, hidden, dy)):
         dweight, dbias = torch.zeros_like(weight), dcode.new_zeros(weight.shape[0])
@@ -135,8 +136,8 @@ def _heads_backward(x, dz, hidden, dy, code, down_weight, up_weight):
         for first in range(0, layers, together):
             some = slice(first, min(first + together, layers))
             count = some.stop - some.start
-            for place, layer in enumerate(range(some.start, some.stop)):
-                torch.bmm(inputs[layer].transpose(1, 2), grads[layer], out=generated[place])
+            for index, layer in enumerate(range(some.start, some.stop)):
+                torch.bmm(inputs[layer].transpose(1, 2), grads[layer], out=generated[index])
             gradient = generated[:count].view(count * size_b, weight.shape[0])
             codes = code[some].reshape(count * size_b, size_k)
             # the first product is written, not added to zeros
@@ -159,19 +160,19 @@ def _tokens(code, down_weight, down_bias, up_weight, up_bias, length, adapter_si
     return tokens
 
 
-def _shared(x, code, down_weight, down_bias, up_weight, up_bias, hidden_bias, out_bias, tokens):
-    return forward_for(x, hidden_bias.shape[1])(
-        x, code, down_weight, down_bias, up_weight, up_bias, hidden_bias, out_bias
-    )
+def _shared(*arguments):
+    x, *rest, hidden_bias, out_bias, _ = arguments
+    return forward_for(x, hidden_bias.shape[1])(x, *rest, hidden_bias, out_bias)
 
 
-for _name, _function in (
+_IMPLEMENTATIONS: tuple[tuple[str, Callable[..., Any]], ...] = (
     *((family, _forward) for family in _FAMILIES),
     *((f"{family}_backward", _backward) for family in _FAMILIES),
     *((f"{family}_heads_backward", _heads_backward) for family in _FAMILIES),
     ("generated_adapter_tokens", _tokens),
     ("generated_adapter_shared", _shared),
-):
+)
+for _name, _function in _IMPLEMENTATIONS:
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 
@@ -184,7 +185,7 @@ def _forward_shapes(x, code, down_weight, down_bias, up_weight, up_bias, hidden_
 
 
 def _backward_shapes(dy, hidden, code, down_weight, down_bias, up_weight, up_bias):
-    sums = hidden.new_empty(hidden.shape[0], hidden.shape[2], dtype=wide_type(hidden.dtype))
+    sums = hidden.new_empty(hidden.shape[0], hidden.shape[2], dtype=at_least_float32(hidden.dtype))
     return dy.new_empty(dy.shape), hidden.new_empty(hidden.shape), sums
 
 
@@ -199,20 +200,21 @@ def _heads_backward_shapes(x, dz, hidden, dy, code, down_weight, up_weight):
     )
 
 
-for _name, _shapes in (
+_SHAPES: tuple[tuple[str, Callable[..., Any]], ...] = (
     *((family, _forward_shapes) for family in _FAMILIES),
     *((f"{family}_backward", _backward_shapes) for family in _FAMILIES),
     *((f"{family}_heads_backward", _heads_backward_shapes) for family in _FAMILIES),
     ("generated_adapter_tokens", _tokens),
     ("generated_adapter_shared", lambda *arguments: _forward_shapes(*arguments[:-1])),
-):
+)
+for _name, _shapes in _SHAPES:
     torch.library.register_fake(f"hdscale::{_name}", _shapes, lib=_LIBRARY)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------
 
 
-def _keep_layer(ctx, inputs, output) -> None:
+def _save_for_layer(ctx, inputs, output) -> None:
     x, code, down_weight, down_bias, up_weight, up_bias, *_ = inputs
     _, hidden = output
     ctx.mark_non_differentiable(hidden)
@@ -228,13 +230,13 @@ def _layer_backward(ctx, dy, _):
     if any(ctx.needs_input_grad[1:6]):
         dcode, *rest = heads_backward([x], [dz], [hidden], [dy], code.unsqueeze(0), down_weight, up_weight)
         heads = (dcode.squeeze(0), *rest)
-    return dx, *heads, dhidden_bias, dy.sum(1, dtype=wide_type(dy.dtype))
+    return dx, *heads, dhidden_bias, dy.sum(1, dtype=at_least_float32(dy.dtype))
 
 
-def _keep_tokens(ctx, inputs, output) -> None:
+def _save_for_tokens(ctx, inputs, output) -> None:
     code, down_weight, _, up_weight, *_, count_uses = inputs
     ctx.count_uses = count_uses
-    ctx.set_materialize_grads(False)  # a layer that took no part has no factors, rather than zeros
+    ctx.set_materialize_grads(False)  # a layer that was not used has no factors, rather than zeros
     ctx.save_for_backward(code, down_weight, up_weight)
 
 
@@ -247,8 +249,8 @@ def _tokens_backward(ctx, factors):
     lists = [[factors[layer * per_layer + which] for layer in used] for which in range(per_layer)]
     if ctx.count_uses and any(float(uses) != 1 for uses in lists[FACTORS]):
         raise RuntimeError(
-            "hdscale: a layer's shared heads were used in more than one call of generated_adapter; their "
-            "gradients cannot be told apart, so call share_heads once for each use"
+            "hdscale: a layer's shared heads were used in more than one call of generated_adapter, and their "
+            "gradients cannot be separated; call share_heads once for each use"
         )
     some = code if len(used) == code.shape[0] else code[used]
     heads_backward = getattr(_OPS, f"{_family(lists[0][0], lists[1][0].shape[2])}_heads_backward")
@@ -258,8 +260,8 @@ def _tokens_backward(ctx, factors):
     return dcode, *heads, None, None, None
 
 
-def _keep_shared(ctx, inputs, output) -> None:
-    _keep_layer(ctx, inputs[:-1], output)
+def _save_for_shared(ctx, inputs, output) -> None:
+    _save_for_layer(ctx, inputs[:-1], output)
     ctx.count_uses = len(inputs[-1]) > FACTORS
 
 
@@ -270,19 +272,23 @@ def _shared_backward(ctx, dy, _):
     factors = [x, dz, hidden, dy]
     if ctx.count_uses:
         factors.append(torch.ones((), device="cpu"))
-    return dx, None, None, None, None, None, dhidden_bias, dy.sum(1, dtype=wide_type(dy.dtype)), factors
+    return dx, None, None, None, None, None, dhidden_bias, dy.sum(1, dtype=at_least_float32(dy.dtype)), factors
 
 
-for _name, _gradient, _keep in (
-    *((family, _layer_backward, _keep_layer) for family in _FAMILIES),
-    ("generated_adapter_tokens", _tokens_backward, _keep_tokens),
-    ("generated_adapter_shared", _shared_backward, _keep_shared),
-):
-    torch.library.register_autograd(f"hdscale::{_name}", _gradient, setup_context=_keep, lib=_LIBRARY)
+_GRADIENTS: tuple[tuple[str, Callable[..., Any], Callable[..., None]], ...] = (
+    *((family, _layer_backward, _save_for_layer) for family in _FAMILIES),
+    ("generated_adapter_tokens", _tokens_backward, _save_for_tokens),
+    ("generated_adapter_shared", _shared_backward, _save_for_shared),
+)
+for _name, _gradient, _save in _GRADIENTS:
+    torch.library.register_autograd(f"hdscale::{_name}", _gradient, setup_context=_save, lib=_LIBRARY)
 
 
-# Under autocast the operator computes in bfloat16, as a matrix product would; the generated biases stay float32.
-def _autocast_to_brain(name: str, key: str) -> None:
+# ---- autocast --------------------------------------------------------------------------------------------
+
+
+def _autocast_to_bfloat16(name: str, key: str) -> None:
+    """Under autocast the operator computes in bfloat16, as a matrix product would; generated biases stay float32."""
     operator = getattr(_OPS, name)
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
@@ -302,4 +308,4 @@ def _autocast_to_brain(name: str, key: str) -> None:
 
 for _name in (*_FAMILIES, "generated_adapter_tokens", "generated_adapter_shared"):
     for _key in ("AutocastCPU", "AutocastCUDA"):
-        _autocast_to_brain(_name, _key)
+        _autocast_to_bfloat16(_name, _key)

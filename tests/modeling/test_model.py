@@ -235,7 +235,7 @@ def test_torn_export(base, tmp_path):
     build_model(method_config(base, **SIZES)).save_pretrained(tmp_path)
     weights = tmp_path / "hdscale_adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         from_pretrained(tmp_path)
     weights.unlink()
     with pytest.raises(UserError, match="no hdscale_adapter.safetensors"):

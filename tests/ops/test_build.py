@@ -15,7 +15,7 @@ from hdscale.commands.cli import main
 from hdscale.errors import UserError
 from hdscale.ops import build
 from hdscale.ops.backend import availability
-from hdscale.ops.verify import Shape
+from hdscale.ops.naive import Shape
 
 needs_compiler = pytest.mark.skipif(
     not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}"
@@ -97,7 +97,8 @@ FALLBACK = """
 import logging, torch
 logging.basicConfig(format="%(levelname)s %(message)s")
 from hdscale.ops import generated_adapter
-from hdscale.ops.verify import Shape, random_case
+from hdscale.ops.cases import random_case
+from hdscale.ops.naive import Shape
 case = random_case(Shape(B=2, T=3, D=16, A=4, K=8), torch.float32)
 for _ in range(3):
     generated_adapter(case.x[0], case.code[0], case.heads)
@@ -115,7 +116,7 @@ def test_without_a_compiler_it_warns_once_and_computes(tmp_path):
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("HDSCALE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(build.BuildError, match="set HDSCALE_CACHE"):
+    with pytest.raises(build.BuildError, match="set data.cache or HDSCALE_CACHE"):
         build.build_kernels("cpp")
 
 

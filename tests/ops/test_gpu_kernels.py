@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hdscale.ops.backend import CUDA_MOST_CODE, CUDA_MOST_LAYERS, _fits, availability, cuda_takes
-from hdscale.ops.verify import TOLERANCE, Shape, outputs_and_gradients, random_case, relative_errors
+from hdscale.ops.backend import LARGEST_CUDA_CODE, MOST_CUDA_LAYERS, availability, cuda_supports, supports
+from hdscale.ops.cases import TOLERANCE, random_case
+from hdscale.ops.naive import Shape
+from hdscale.ops.verify import outputs_and_gradients, relative_errors
 from tests.helpers.places import ROOT, TESTS
 
 EMULATOR = TESTS / "helpers" / "emulator"
@@ -151,7 +153,7 @@ def test_capture_into_a_cuda_graph():
 
 
 def test_what_the_kernels_take_is_known_before_the_launch(emulator):
-    """`cuda_takes` says what `gpu::takes` says, at the limits of every size and over odd shapes: a shape beyond the
+    """`cuda_supports` says what `gpu::takes` says, at the limits of every size and over odd shapes: a shape beyond the
     kernels takes the plain path instead of failing in the middle of a step."""
     draw = random.Random(0)
     sizes = [
@@ -159,8 +161,8 @@ def test_what_the_kernels_take_is_known_before_the_launch(emulator):
         (0, 1, 8, 9, 32, 33, 130, 2048, 4_194_240, 4_194_241, 1 << 30, 1 << 33),  # T
         (1, 8, 17, 4096, (1 << 20) - 1, 1 << 20, 1 << 30),  # D
         (1, 3, 64, 800, 1023, 1024, 1025),  # A
-        (1, 7, 128, 256, CUDA_MOST_CODE, CUDA_MOST_CODE + 1, 4096),  # K
-        (1, 24, CUDA_MOST_LAYERS, CUDA_MOST_LAYERS + 1),  # N
+        (1, 7, 128, 256, LARGEST_CUDA_CODE, LARGEST_CUDA_CODE + 1, 4096),  # K
+        (1, 24, MOST_CUDA_LAYERS, MOST_CUDA_LAYERS + 1),  # N
     ]
     shapes = [Shape(*(draw.choice(choices) for choices in sizes)) for _ in range(6000)]
     usual = Shape(B=32, T=4, D=1024, A=64, K=128, N=24)
@@ -169,13 +171,13 @@ def test_what_the_kernels_take_is_known_before_the_launch(emulator):
     lines = "".join(" ".join(map(str, shape)) + "\n" for shape in shapes)
     result = subprocess.run([str(emulator), "takes"], input=lines, capture_output=True, text=True, check=True)
     theirs = [line == "1" for line in result.stdout.split()]
-    assert [cuda_takes(shape) for shape in shapes] == theirs
-    assert cuda_takes(usual) and any(theirs) and not all(theirs)
+    assert [cuda_supports(shape) for shape in shapes] == theirs
+    assert cuda_supports(usual) and any(theirs) and not all(theirs)
 
 
 def test_shapes_beyond_the_kernels_fall_back():
     brain = torch.empty(1, dtype=torch.bfloat16, device="meta")
-    usual = Shape(B=2, T=4, D=8, A=8, K=CUDA_MOST_CODE, N=CUDA_MOST_LAYERS)
-    assert _fits("cuda", (brain,), usual)
-    assert not _fits("cuda", (brain,), usual._replace(K=CUDA_MOST_CODE + 1))
-    assert not _fits("cuda", (brain,), usual._replace(N=CUDA_MOST_LAYERS + 1))
+    usual = Shape(B=2, T=4, D=8, A=8, K=LARGEST_CUDA_CODE, N=MOST_CUDA_LAYERS)
+    assert supports("cuda", (brain,), usual)
+    assert not supports("cuda", (brain,), usual._replace(K=LARGEST_CUDA_CODE + 1))
+    assert not supports("cuda", (brain,), usual._replace(N=MOST_CUDA_LAYERS + 1))

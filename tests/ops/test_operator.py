@@ -14,18 +14,9 @@ from hypothesis import strategies as st
 from hdscale.errors import UserError
 from hdscale.ops import AdapterHeads, SharedHeads, generated_adapter, generated_adapter_reference, share_heads
 from hdscale.ops.backend import availability, resolve_backend
-from hdscale.ops.naive import generate_adapter_weights
-from hdscale.ops.verify import (
-    TOLERANCE,
-    Case,
-    Shape,
-    outputs_and_gradients,
-    random_case,
-    reference,
-    relative_error,
-    relative_errors,
-    relu_masks,
-)
+from hdscale.ops.cases import TOLERANCE, Case, random_case, reference, relative_error
+from hdscale.ops.naive import Shape, generate_adapter_weights
+from hdscale.ops.verify import outputs_and_gradients, relative_errors, relu_masks
 
 needs_compiler = pytest.mark.skipif(
     not availability("cpp").usable, reason=f"no C++ kernels here: {availability('cpp').reason}"
@@ -158,7 +149,9 @@ def test_no_worse_than_the_plain_path(dtype):
 VARIANT = """
 import sys, torch
 from hdscale.ops.backend import availability
-from hdscale.ops.verify import Shape, TOLERANCE, random_case, relative_errors
+from hdscale.ops.cases import TOLERANCE, random_case
+from hdscale.ops.naive import Shape
+from hdscale.ops.verify import relative_errors
 assert availability("cpp").reason.startswith(sys.argv[1]), availability("cpp").reason
 for dtype in (torch.float32, torch.bfloat16):
     errors = relative_errors(random_case(Shape(B=37, T=5, D=45, A=19, K=33, N=3), dtype), "cpp")
@@ -416,7 +409,9 @@ def test_torch_operator_without_kernels():
     definition."""
     code = """
 import torch
-from hdscale.ops.verify import Shape, random_case, relative_errors
+from hdscale.ops.cases import random_case
+from hdscale.ops.naive import Shape
+from hdscale.ops.verify import relative_errors
 import hdscale.ops.generated as generated
 generated.resolve_backend = lambda *_, **__: "operator"
 for length in (3, 15):  # tile by tile where there are kernels, and by library products

@@ -79,7 +79,7 @@ def test_the_model_is_the_one_that_transformers_loads(tmp_path, family, dtype):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "not a whole safetensors file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "not a complete safetensors file"),
         (lambda folder: change_config(folder, d_ff=64), "config.json says"),
         (lambda folder: change_config(folder, num_layers=3), "are missing"),
     ],

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hdscale.bases.interface import Adaptation, per_instance
+from hdscale.bases.interface import Adaptation
 from hdscale.errors import UserError, nearest
 from hdscale.modeling.conditioning import TaskEmbedding, task_rows, with_unseen_task
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.methods.interface import Encode, Method
 from hdscale.modeling.settings import MethodSettings
+from hdscale.ops import group_by_instance
 
 PLACES = ("attention", "feed_forward")
 INIT_STD = 0.01
@@ -43,7 +44,7 @@ class NormedAdapters(NamedTuple):
 
 def apply_normed_adapter(y: Tensor, weights: NormedAdapters) -> Tensor:
     """`y + LayerNorm(up(gelu(down(y))))`: y [R, T, D], the adapters of B instances -> [R, T, D]."""
-    grouped = per_instance(y, weights.down.shape[0])
+    grouped = group_by_instance(y, weights.down.shape[0])
     hidden = torch.baddbmm(weights.down_bias.unsqueeze(1), grouped, weights.down)
     hidden = functional.gelu(hidden, approximate="tanh")
     z = torch.baddbmm(weights.up_bias.unsqueeze(1), hidden, weights.up)

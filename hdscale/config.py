@@ -4,9 +4,10 @@ Order: defaults < YAML file (which may inherit another by `base: other.yaml`) < 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -15,17 +16,16 @@ from omegaconf.errors import OmegaConfBaseException
 from hdscale.bases.settings import ModelSettings
 from hdscale.cluster.settings import ClusterSettings
 from hdscale.data.settings import DataSettings
-from hdscale.data.tasks import expand_tasks
-from hdscale.engine.settings import RunSettings, TrainSettings
-from hdscale.errors import UserError, nearest
+from hdscale.engine.settings import TrainSettings
+from hdscale.runs.settings import RunSettings
+from hdscale.errors import UserError, nearest, one_line
 from hdscale.evaluation.settings import EvalSettings
-from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.settings import MethodSettings
-from hdscale.settings import setting
+from hdscale.settings import Settings, check_choice, choices, setting
 
 
 @dataclass
-class Config:
+class Config(Settings):
     """Everything that defines a run."""
 
     model: ModelSettings = setting(ModelSettings, "the frozen base")
@@ -37,18 +37,22 @@ class Config:
     cluster: ClusterSettings = setting(ClusterSettings, "SLURM")
     deepspeed: Optional[str] = setting(None, "DeepSpeed JSON; default: ds_configs/zero2_bf16.json")
 
+    def validate(self, prefix: str = "") -> None:
+        """Check every section by its fields' own rules."""
+        super().validate(prefix)
+
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
     """The configuration of a YAML file and of `key=value` overrides, checked.
 
     Raises:
-        UserError: for a missing file, an unknown key (naming the nearest), or a value of the wrong type.
+        UserError: for a missing file, an unknown key (naming the nearest), or a value that its field does not allow.
     """
     node = OmegaConf.structured(Config)
-    for layer, origin in [(yaml_with_bases(path), str(path))] if path else []:
-        node = merge(node, layer, origin)
+    if path:
+        node = merge(node, yaml_with_bases(path), str(path))
     for override in overrides or []:
-        key, separator, value = override.partition("=")
+        key, separator, _ = override.partition("=")
         if not separator or not key:
             raise UserError(f"'{override}' is not key=value; write for example train.max_steps=100")
         try:
@@ -56,32 +60,55 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"'{override}' cannot be read: {one_line(error)}") from error
         node = merge(node, parsed, f"command line ({override})")
-    return OmegaConf.to_object(node)
+    return to_config(node)
+
+
+def config_from_dict(tree: Mapping[str, Any], origin: str) -> Config:
+    """The configuration of nested dictionaries, checked; `origin` says in messages where they come from."""
+    return to_config(merge(OmegaConf.structured(Config), OmegaConf.create(dict(tree)), origin))
+
+
+def to_config(node: DictConfig) -> Config:
+    """The settings objects of a merged configuration, checked by their fields' own rules."""
+    config = cast(Config, OmegaConf.to_object(node))
+    config.validate()
+    return config
 
 
 def merge(node: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     """`node` with the keys of `layer` over it; the error for a bad key or value says where it came from."""
-    check_keys(node, OmegaConf.to_container(layer, resolve=False), origin)
+    layer = layer.copy()
+    check_layer(node, layer, origin)
     try:
-        return OmegaConf.merge(node, layer)
+        return cast(DictConfig, OmegaConf.merge(node, layer))
     except OmegaConfBaseException as error:
         raise UserError(f"{origin}: {one_line(error)}") from error
 
 
-def check_keys(node: DictConfig, layer: Any, origin: str, prefix: str = "") -> None:
-    """Raise on the first key of `layer` that the settings do not have, naming the nearest one."""
-    if not isinstance(layer, dict):
+def check_layer(node: DictConfig, layer: Any, origin: str, prefix: str = "") -> None:
+    """Raise on the first key of `layer` that the settings do not have, or that has none of its choices.
+
+    YAML reads an unquoted on or off as true or false: where a field's choices are on and off, the words are put back.
+    """
+    if not isinstance(layer, DictConfig):
         where = prefix.rstrip(".") or "the file"
         raise UserError(f"{origin}: {where} must be a mapping of keys, not {layer!r}")
-    for key, value in layer.items():
+    types = {field.name: field.type for field in dataclasses.fields(OmegaConf.get_type(node))}
+    for key in list(layer):
         if key not in node:
             full = f"{prefix}{key}"
-            raise UserError(
-                f"{origin}: unknown key '{full}'{nearest(full, [prefix + str(k) for k in node] + all_keys())}"
-            )
-        child = OmegaConf.select(node, str(key)) if OmegaConf.is_dict(node) else None
-        if isinstance(child, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(child)) and value is not None:
-            check_keys(child, value, origin, f"{prefix}{key}.")
+            raise UserError(f"{origin}: unknown key '{full}'{nearest(full, [prefix + str(k) for k in node] + all_keys())}")
+        if OmegaConf.is_missing(layer, key) or OmegaConf.is_interpolation(layer, key):
+            continue
+        value = layer[key]
+        if value is None:
+            continue
+        if dataclasses.is_dataclass(types[key]):
+            check_layer(node[key], value, origin, f"{prefix}{key}.")
+        elif allowed := choices(types[key]):
+            if isinstance(value, bool) and "on" in allowed:
+                value = layer[key] = "on" if value else "off"
+            check_choice(f"{origin}: {prefix}{key}", value, allowed)
 
 
 def all_keys(settings: type = Config, prefix: str = "") -> list[str]:
@@ -89,9 +116,9 @@ def all_keys(settings: type = Config, prefix: str = "") -> list[str]:
     return [key for key, _ in walk_fields(settings, prefix)]
 
 
-def walk_fields(settings: type = Config, prefix: str = "") -> list[tuple[str, dataclasses.Field]]:
+def walk_fields(settings: Any = Config, prefix: str = "") -> list[tuple[str, dataclasses.Field[Any]]]:
     """(dotted key, field) of every leaf of a settings class, in order of declaration."""
-    rows: list[tuple[str, dataclasses.Field]] = []
+    rows: list[tuple[str, dataclasses.Field[Any]]] = []
     for field in dataclasses.fields(settings):
         if dataclasses.is_dataclass(field.type):
             rows += walk_fields(field.type, f"{prefix}{field.name}.")
@@ -116,20 +143,9 @@ def yaml_with_bases(path: str | Path, seen: tuple[Path, ...] = ()) -> DictConfig
     base = layer.pop("base", None)
     if base is None:
         return layer
-    return OmegaConf.merge(yaml_with_bases(path.parent / str(base), (*seen, path.resolve())), layer)
+    return cast(DictConfig, OmegaConf.merge(yaml_with_bases(path.parent / str(base), (*seen, path.resolve())), layer))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionaries (for YAML and JSON)."""
     return dataclasses.asdict(config)
-
-
-def model_config(config: Config) -> HyperdecoderConfig:
-    """The part of a run's configuration that defines the model; the ids of tasks count those that train."""
-    tasks = expand_tasks(config.data.tasks, config.data)
-    return HyperdecoderConfig(config.model, config.method, [task.name for task in tasks if task.trains])
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message without line breaks."""
-    return " ".join(str(error).split())

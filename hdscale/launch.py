@@ -20,7 +20,6 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from hdscale.cluster.checks import check_script, check_slurm, has_slurm
 from hdscale.cluster.executors import (
     build_executor,
-    check_settings,
     package_root,
     ranks_per_node,
     script_text,
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.config:
         raise UserError("nothing to launch: name a configuration with --config FILE, or --status NAME")
     config, runs = plan_runs(args.config, args.overrides, args.sweep)
-    check_settings(config.cluster)
+    config.cluster.check_executor()
     if config.cluster.executor == "slurm" and (has_slurm() or not args.dry_run):
         check_slurm(config.cluster)
     check_runs([one for one, _ in runs])

@@ -15,9 +15,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 import hdscale
 from hdscale.cluster.settings import ClusterSettings
-from hdscale.errors import UserError, nearest
-
-EXECUTORS = ("slurm", "local", "debug")
+from hdscale.errors import UserError
 
 
 def build_executor(
@@ -30,20 +28,16 @@ def build_executor(
         name: of the job.
         code: folder that holds the package `hdscale` that the job runs.
         dry_run: only the script is wanted, so SLURM need not be here.
-
-    Raises:
-        UserError: for a setting that makes no sense.
     """
-    check_settings(cluster)
     if cluster.executor == "debug":
         return submitit.DebugExecutor(folder)
     if cluster.executor == "local":
         executor: submitit.Executor = submitit.LocalExecutor(folder)
         executor.update_parameters(
             nodes=cluster.nodes,
-            tasks_per_node=ranks_per_node(cluster),
+            tasks_per_node=cluster.ranks_per_node,
             gpus_per_node=cluster.gpus_per_node,
-            timeout_min=minutes(cluster.time),
+            timeout_min=cluster.minutes,
             signal_delay_s=cluster.signal_delay,
             stderr_to_stdout=True,
         )
@@ -97,9 +91,9 @@ def slurm_parameters(cluster: ClusterSettings, folder: Path, name: str, code: Pa
     return {
         "job_name": name,
         "nodes": cluster.nodes,
-        "ntasks_per_node": ranks_per_node(cluster),
+        "ntasks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_task,
-        "time": minutes(cluster.time),
+        "time": cluster.minutes,
         "signal_delay_s": cluster.signal_delay,
         "array_parallelism": cluster.array_parallelism,
         "stderr_to_stdout": True,
@@ -110,11 +104,6 @@ def slurm_parameters(cluster: ClusterSettings, folder: Path, name: str, code: Pa
         "additional_parameters": {"requeue": True, **cluster.sbatch},
         **{key: value for key, value in optional.items() if value is not None},
     }
-
-
-def ranks_per_node(cluster: ClusterSettings) -> int:
-    """Ranks of a node: one a GPU unless stated otherwise."""
-    return cluster.tasks_per_node or cluster.gpus_per_node or 1
 
 
 def in_pyxis(container: str | None) -> bool:
@@ -137,47 +126,6 @@ def batch_python(cluster: ClusterSettings) -> list[str]:
         step = ["srun", "--nodes=1", "--ntasks=1", "--overlap", f"--container-image={cluster.container}"]
         return [*step, "python"]
     return rank_python(cluster)
-
-
-def check_settings(cluster: ClusterSettings) -> None:
-    """Raise UserError for a value of `cluster.*` that cannot be meant."""
-    if cluster.executor not in EXECUTORS:
-        raise UserError(f"cluster.executor={cluster.executor!r} is unknown{nearest(cluster.executor, EXECUTORS)}")
-    for key in ("nodes", "cpus_per_task", "array_parallelism"):
-        if getattr(cluster, key) < 1:
-            raise UserError(f"cluster.{key}={getattr(cluster, key)}: must be at least 1")
-    for key in ("gpus_per_node", "max_requeues", "signal_delay"):
-        if getattr(cluster, key) < 0:
-            raise UserError(f"cluster.{key}={getattr(cluster, key)}: must be at least 0")
-    if cluster.executor == "local" and cluster.nodes > 1:
-        raise UserError(f"cluster.executor=local has this machine only: set cluster.nodes=1 (not {cluster.nodes})")
-    if cluster.executor == "debug" and cluster.nodes * ranks_per_node(cluster) > 1:
-        raise UserError("cluster.executor=debug is one process: set cluster.nodes=1 cluster.tasks_per_node=1")
-    if minutes(cluster.time) * 60 <= cluster.signal_delay and cluster.executor == "slurm":
-        raise UserError(
-            f"cluster.time={cluster.time} is not longer than cluster.signal_delay={cluster.signal_delay} s, "
-            "so the job would be told to stop as soon as it starts"
-        )
-
-
-def minutes(time: str) -> int:
-    """SLURM's ways to write a time limit, in minutes, rounded up.
-
-    `90`, `90:00` (minutes:seconds), `1:30:00`, `1-12`, `1-12:30`, `1-12:30:00`.
-    """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(time).strip())
-    if not match:
-        raise UserError(f"cluster.time={time!r} is no time; write minutes, or [days-]hours:minutes:seconds")
-    days, first, second, third = (int(part) if part else 0 for part in match.groups())
-    if match[1]:
-        seconds = ((days * 24 + first) * 60 + second) * 60 + third
-    elif match[4]:
-        seconds = (first * 60 + second) * 60 + third
-    else:
-        seconds = first * 60 + second
-    if seconds == 0:
-        raise UserError(f"cluster.time={time!r}: must be more than nothing")
-    return -(-seconds // 60)
 
 
 def package_root() -> Path:

@@ -1,8 +1,10 @@
 """Settings of the cluster (`cluster.*`)."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
+from hdscale.errors import UserError
 from hdscale.settings import Settings, setting
 
 
@@ -38,3 +40,50 @@ class ClusterSettings(Settings):
     snapshot: bool = setting(False, "run from a copy of the code, so that later edits do not change queued jobs")
     interface: Optional[str] = setting(None, "network interface of NCCL and GLOO, such as ib0; default: theirs")
     rendezvous_timeout: int = setting(600, "seconds that ranks wait for each other at the start", at_least=1)
+
+    def validate(self, prefix: str = "cluster.") -> None:
+        """Also check the time limit, and the executors that have one machine or one process."""
+        super().validate(prefix)
+        seconds = 60 * minutes_of(self.time)
+        if self.executor == "slurm" and seconds <= self.signal_delay:
+            raise UserError(
+                f"{prefix}time={self.time} is not longer than {prefix}signal_delay={self.signal_delay} s, "
+                "so the job would be told to stop as soon as it starts"
+            )
+
+    def check_executor(self, prefix: str = "cluster.") -> None:
+        """Raise UserError if `executor` cannot start that many nodes or ranks (asked by `hdscale launch`)."""
+        if self.executor == "local" and self.nodes > 1:
+            raise UserError(f"{prefix}executor=local uses this machine only: set {prefix}nodes=1 (not {self.nodes})")
+        if self.executor == "debug" and self.nodes * self.ranks_per_node > 1:
+            raise UserError(f"{prefix}executor=debug is one process: set {prefix}nodes=1 {prefix}tasks_per_node=1")
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks per node: one per GPU unless stated otherwise."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def minutes(self) -> int:
+        """The time limit in minutes, rounded up."""
+        return minutes_of(self.time)
+
+
+def minutes_of(time: str) -> int:
+    """A time limit as SLURM writes it, in minutes, rounded up.
+
+    `90`, `90:00` (minutes:seconds), `1:30:00`, `1-12`, `1-12:30`, `1-12:30:00`.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(time).strip())
+    if not match:
+        raise UserError(f"cluster.time={time!r} is not a time limit; write minutes, or [days-]hours:minutes:seconds")
+    days, first, second, third = (int(part) if part else 0 for part in match.groups())
+    if match[1]:
+        seconds = ((days * 24 + first) * 60 + second) * 60 + third
+    elif match[4]:
+        seconds = (first * 60 + second) * 60 + third
+    else:
+        seconds = first * 60 + second
+    if seconds == 0:
+        raise UserError(f"cluster.time={time!r}: must be longer than 0")
+    return -(-seconds // 60)

@@ -49,10 +49,6 @@ class Mixture:
     ) -> None:
         if not sets:
             raise UserError("no task of data.tasks has a training set; name one that has")
-        if not temperature > 0:
-            raise UserError(f"data.temperature={temperature} must be above 0; 1 draws in proportion to the sets' sizes")
-        if not 0 < fraction <= 1:
-            raise UserError(f"data.fraction={fraction} must be above 0 and at most 1")
         for one in sets:
             if not len(one):
                 raise UserError(f"the training set of task {one.task} is empty")

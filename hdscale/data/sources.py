@@ -55,26 +55,11 @@ def split_size(task: Task, split: str, settings: DataSettings) -> int:
 
 
 def check_splits(tasks: Iterable[Task], settings: DataSettings, splits: Sequence[str] = SPLITS) -> None:
-    """Raise UserError, before anything expensive, if a setting is out of range, or a split of a task is not
-    there or lacks a column."""
-    check_settings(settings)
+    """Raise UserError, before anything expensive, if a split of a task is missing or lacks a column."""
     for task in tasks:
         for split in splits:
             if split in task.splits:
                 reader(task).check(task, split, settings)
-
-
-def check_settings(settings: DataSettings) -> None:
-    """Raise UserError if a number of `data.*` is out of its range."""
-    for key in ("max_source_length", "max_target_length"):
-        if getattr(settings, key) < 2:
-            raise UserError(f"data.{key}={getattr(settings, key)} leaves no room beside </s>; it must be at least 2")
-    if not settings.temperature > 0:
-        raise UserError(
-            f"data.temperature={settings.temperature} must be above 0; 1 is in proportion to the sets' sizes"
-        )
-    if not 0 < settings.fraction <= 1:
-        raise UserError(f"data.fraction={settings.fraction} must be above 0 and at most 1")
 
 
 def check_split(task: Task, split: str) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from hdscale.data.batches import Row
 from hdscale.data.checksums import cache_folder
 from hdscale.data.settings import DataSettings
-from hdscale.data.sources import check_settings, load_split, split_identity
+from hdscale.data.sources import load_split, split_identity
 from hdscale.data.tasks.task import Example, Task
 from hdscale.errors import UserError
 
@@ -166,7 +166,7 @@ def tokenized_split(task: Task, split: str, tokenizer: Any, settings: DataSettin
     Raises:
         UserError: a row that cannot be used, a cache that cannot be written, lengths below 2 tokens.
     """
-    check_settings(settings)
+    settings.validate("data.")
     key = cache_key(task, split, tokenizer, settings)
     folder = cache_folder(settings) / "tokenized" / f"{task.name}.{split}.{key[:20]}"
     with contextlib.suppress(ValueError):

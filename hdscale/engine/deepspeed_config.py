@@ -55,23 +55,18 @@ def read_deepspeed_config(path: str | None, dtype: str = "bf16") -> tuple[dict[s
     return config, str(path)
 
 
-def resolve_deepspeed_config(
-    path: str | None, train: TrainSettings, world_size: int, trainable: int | None = None
-) -> dict[str, Any]:
+def resolve_deepspeed_config(path: str | None, train: TrainSettings, world_size: int) -> dict[str, Any]:
     """What is handed to `deepspeed.initialize`: the JSON plus what hdscale decides.
 
-    hdscale runs the accumulation itself (any number of micro-batches a step), scales the loss itself, and sets the
-    learning rate itself, so DeepSpeed's own batch arithmetic is told one row a step and its optimizer, scheduler
-    and batch-size keys are checked against `train.*` and then dropped.
-
-    Args:
-        trainable: number of trainable parameters; no communication bucket is made larger than that.
+    hdscale accumulates gradients itself (any number of micro-batches per step), scales the loss itself, and sets the
+    learning rate itself. So DeepSpeed is told that a step has one row, and its optimizer, scheduler and batch-size keys
+    are checked against `train.*` and then dropped.
 
     Raises:
         UserError: naming both keys, where the JSON contradicts `train.*` or asks for what hdscale does not do.
     """
     config, name = read_deepspeed_config(path, train.dtype)
-    check_batch_sizes(train, world_size)
+    check_world_size(train, world_size)
     refuse_contradictions(config, name, train, world_size)
     for key in ("train_batch_size", "optimizer", "scheduler", "fp16", "amp", "torch_autocast"):
         config.pop(key, None)
@@ -84,36 +79,34 @@ def resolve_deepspeed_config(
     # torch's AdamW is used everywhere: DeepSpeed's own CPU Adam would be compiled on each machine
     config["zero_force_ds_cpu_optimizer"] = False
     config["zero_allow_untested_optimizer"] = True
-    zero = config["zero_optimization"]
-    if trainable is not None:
-        smallest = 2 * ((max(trainable, 1024) + 1) // 2)
-        for key in ("reduce_bucket_size", "allgather_bucket_size"):
-            if isinstance(zero.get(key), int | float):
-                zero[key] = min(int(zero[key]), smallest)
-    validate_zero_section(zero, name)
+    validate_zero_section(config["zero_optimization"], name)
     return config
 
 
-def check_batch_sizes(train: TrainSettings, world_size: int) -> None:
-    """The global batch must be shared out evenly.
+def limit_buckets(config: dict[str, Any], trainable: int) -> dict[str, Any]:
+    """A resolved configuration whose communication buckets are not larger than the trainable parameters."""
+    smallest = 2 * ((max(trainable, 1024) + 1) // 2)
+    config = copy.deepcopy(config)
+    zero = config["zero_optimization"]
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        if isinstance(zero.get(key), int | float):
+            zero[key] = min(int(zero[key]), smallest)
+    return config
 
-    Raises:
-        UserError: if the world size does not divide the global batch size, or a size is not positive.
-    """
-    for key in ("global_batch_size", "micro_batch_size", "max_steps"):
-        value = getattr(train, key)
-        if value is not None and value < 1:
-            raise UserError(f"train.{key}={value}: must be at least 1")
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """The ZeRO stage of a resolved DeepSpeed configuration."""
+    return int(config["zero_optimization"]["stage"])
+
+
+def check_world_size(train: TrainSettings, world_size: int) -> None:
+    """Raise UserError if the ranks cannot have equal shares of the global batch."""
     if train.global_batch_size % world_size:
         below = max(train.global_batch_size - train.global_batch_size % world_size, world_size)
         raise UserError(
-            f"train.global_batch_size={train.global_batch_size} cannot be shared out among {world_size} ranks; "
+            f"train.global_batch_size={train.global_batch_size} cannot be divided evenly among {world_size} ranks; "
             f"use for example {below} or {below + world_size}"
         )
-    if train.dtype not in ("bf16", "fp32"):
-        raise UserError(f"train.dtype={train.dtype}: must be bf16 or fp32")
-    if train.loss_reduction not in ("mean", "sum"):
-        raise UserError(f"train.loss_reduction={train.loss_reduction}: must be mean or sum")
 
 
 def refuse_contradictions(config: dict[str, Any], name: str, train: TrainSettings, world_size: int) -> None:

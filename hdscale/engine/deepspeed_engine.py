@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from hdscale.engine import zero
-from hdscale.engine.deepspeed_config import resolve_deepspeed_config
+from hdscale.engine.deepspeed_config import limit_buckets
 from hdscale.engine.optimizer import build_optimizer, learning_rate_factor, trainable_parameters
 from hdscale.engine.ranks import Ranks
+from hdscale.engine.settings import TrainSettings
 from hdscale.errors import UserError
+from hdscale.runs.log import StepResult
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -26,25 +28,6 @@ IDS_SHOWN = 16
 
 class NonFiniteError(UserError):
     """The loss, a gradient or a weight is infinite or not a number: training cannot go on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """One optimizer step over a global batch.
-
-    Attributes:
-        step: number of this step, counted from 1.
-        loss: mean over the global batch's target tokens (or their sum, with `train.loss_reduction=sum`).
-        target_tokens: of the global batch.
-        grad_norm: norm of the global gradient before clipping.
-        learning_rate: the (first parameter group's) rate of this step.
-    """
-
-    step: int
-    loss: float
-    target_tokens: int
-    grad_norm: float
-    learning_rate: float
 
 
 class PendingStep:
@@ -92,21 +75,23 @@ class PendingStep:
         return StepResult(self._step, loss, int(tokens), norm, self._learning_rate)
 
 
-def build_engine(model: nn.Module, config: Any, ranks: Ranks) -> Engine:
+def build_engine(
+    model: nn.Module, train: TrainSettings, deepspeed: dict[str, Any], ranks: Ranks, seed: int
+) -> Engine:
     """Hand the model to DeepSpeed.
 
     Args:
         model: called with a batch's tensors, it returns a tuple or mapping of (`loss_sum`, `tokens`); its frozen
-            parameters have `requires_grad=False`. Trainables in fp32 keep their exact values as masters under bf16.
-        config: the run's configuration; read are `train`, `deepspeed` and `run.seed`.
+            parameters have `requires_grad=False`. Trainable parameters in fp32 keep their exact values as masters
+            under bf16.
+        deepspeed: what `resolve_deepspeed_config` gives.
+        seed: of dropout.
 
     Raises:
-        UserError: for a DeepSpeed JSON that contradicts the configuration, or a model with nothing to train.
+        UserError: for a model with nothing to train.
     """
-    parameters = trainable_parameters(model)
-    count = sum(parameter.numel() for parameter in parameters.values())
-    json_config = resolve_deepspeed_config(config.deepspeed, config.train, ranks.world_size, count)
-    return Engine(model, config.train, json_config, ranks, config.run.seed)
+    count = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    return Engine(model, train, limit_buckets(deepspeed, count), ranks, seed)
 
 
 class Engine:
@@ -118,7 +103,9 @@ class Engine:
         parameters: {name: parameter} of the trainables, in the model's order.
     """
 
-    def __init__(self, model: nn.Module, train: Any, json_config: dict[str, Any], ranks: Ranks, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, train: TrainSettings, json_config: dict[str, Any], ranks: Ranks, seed: int
+    ) -> None:
         import deepspeed
 
         self.ranks, self.train, self.seed = ranks, train, seed

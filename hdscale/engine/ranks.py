@@ -189,8 +189,6 @@ def set_threads(threads: int | None, local_world_size: int) -> int:
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, len(os.sched_getaffinity(0)) // max(1, local_world_size))
     if threads is not None:
-        if threads < 1:
-            raise UserError(f"run.threads={threads}: must be at least 1")
         torch.set_num_threads(threads)
     return torch.get_num_threads()
 

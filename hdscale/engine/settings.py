@@ -1,4 +1,4 @@
-"""Settings of training and of the run (`train.*`, `run.*`)."""
+"""Settings of training (`train.*`)."""
 
 from dataclasses import dataclass
 from typing import Literal, Optional
@@ -59,20 +59,6 @@ class TrainSettings(Settings):
 
     @property
     def token_budget(self) -> Optional[int]:
-        """Most tokens per pass, or None: a fixed number of rows per pass, or a number that the run still has to find."""
+        """Most tokens per pass; None where passes have a fixed number of rows, or where the run has yet to find it."""
         value = self.tokens_per_micro_batch
         return None if value is None or value == AUTO else int(value)
-
-
-@dataclass
-class RunSettings(Settings):
-    """Name and place of the run."""
-
-    name: str = setting("run", "name of the run: its folder in run.dir")
-    dir: str = setting("runs", "folder of all runs")
-    seed: int = setting(42, "seed of initialisation, data order and dropout", at_least=0, below=2**63)
-    threads: Optional[int] = setting(
-        None, "CPU threads per rank; default: OMP_NUM_THREADS, or what torch chooses", at_least=1
-    )
-    tensorboard: bool = setting(False, "write TensorBoard events beside metrics.jsonl")
-    wandb: Optional[str] = setting(None, "Weights & Biases project to log to")

@@ -6,13 +6,13 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hdscale.bases.settings import ModelSettings
-from hdscale.errors import UserError, nearest
+from hdscale.errors import UserError, nearest, one_line
 from hdscale.modeling.settings import MethodSettings
 
 
@@ -47,6 +47,15 @@ class HyperdecoderConfig:
             return -1
         raise UserError(f"task '{task}': the model was not trained on it{nearest(task, self.tasks)}")
 
+    def validate(self) -> None:
+        """Check base and method by their fields' own rules.
+
+        Raises:
+            UserError: for the first value that its field does not allow.
+        """
+        self.model.validate("model.")
+        self.method.validate("method.")
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -61,8 +70,14 @@ class HyperdecoderConfig:
             model = OmegaConf.merge(OmegaConf.structured(ModelSettings), values.get("model", {}))
             method = OmegaConf.merge(OmegaConf.structured(MethodSettings), values.get("method", {}))
         except OmegaConfBaseException as error:
-            raise UserError(f"model configuration: {' '.join(str(error).split())}") from error
-        return cls(OmegaConf.to_object(model), OmegaConf.to_object(method), list(values.get("tasks", [])))
+            raise UserError(f"model configuration: {one_line(error)}") from error
+        config = cls(
+            cast(ModelSettings, OmegaConf.to_object(model)),
+            cast(MethodSettings, OmegaConf.to_object(method)),
+            list(values.get("tasks", [])),
+        )
+        config.validate()
+        return config
 
     @classmethod
     def from_file(cls, path: str | Path) -> HyperdecoderConfig:

@@ -12,7 +12,20 @@ from typing import Any
 import yaml
 
 from hdscale.errors import UserError
+from hdscale.files import write_text
 from hdscale.settings import flatten
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+LOG = "train.log"
+RESULTS = "results.json"
+SETTLED = "settled.json"
+CLASSIFIER = "classifier.json"
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+ADAPTER = "adapter"
+PREDICTIONS = "predictions"
+"""The names of what a run leaves in its folder."""
 
 FREE_KEYS = (
     "run.dir",
@@ -39,20 +52,21 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.checkpoints = self.path / "checkpoints"
-        self.best = self.path / "best"
-        self.adapter = self.path / "adapter"
-        self.predictions = self.path / "predictions"
-        self.config = self.path / "config.yaml"
-        self.results = self.path / "results.json"
-        self.settled = self.path / "settled.json"
+        self.checkpoints = self.path / CHECKPOINTS
+        self.best = self.path / BEST
+        self.adapter = self.path / ADAPTER
+        self.predictions = self.path / PREDICTIONS
+        self.config = self.path / CONFIG
+        self.results = self.path / RESULTS
+        self.settled = self.path / SETTLED
         self._lock: Any = None
 
-    def open(self, config: dict[str, Any], fresh: bool) -> bool:
+    def open(self, config: dict[str, Any], defaults: dict[str, Any], fresh: bool) -> bool:
         """Make the folder ready for a run: on rank 0, before anything is loaded.
 
         Args:
-            config: of the run at hand, as nested dictionaries.
+            config: of this start, as nested dictionaries.
+            defaults: of every key: a key that the folder's config.yaml (of an older version) does not have is at its default.
             fresh: start anew; an earlier run of the name is moved aside, never deleted.
 
         Returns:
@@ -67,11 +81,9 @@ class RunFolder:
             self._move_aside()
         continued = self.config.exists()
         if continued:
-            self._check_same(config)
+            self._check_same(config, defaults)
         else:
-            temporary = self.config.with_suffix(".tmp")
-            temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-            temporary.replace(self.config)
+            write_text(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         return continued
 
     def _make(self) -> None:
@@ -107,21 +119,15 @@ class RunFolder:
             if entry.name != ".lock":
                 os.replace(entry, aside / entry.name)
 
-    def _check_same(self, config: dict[str, Any]) -> None:
+    def _check_same(self, config: dict[str, Any], defaults: dict[str, Any]) -> None:
         try:
-            before = flatten(yaml.safe_load(self.config.read_text()) or {})
+            written = flatten(yaml.safe_load(self.config.read_text()) or {})
         except (OSError, yaml.YAMLError, AttributeError) as error:
             raise UserError(f"{self.config} cannot be read ({error}); use --fresh to start anew") from error
-        now = flatten(config)
-        differing = [
-            f"{key} ({before.get(key)!r} -> {now.get(key)!r})"
-            for key in sorted({*before, *now})
-            if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
-        ]
-        if differing:
+        if differing := differing_keys(written, config, defaults):
             shown = ", ".join(differing[:6]) + (f" and {len(differing) - 6} more" if len(differing) > 6 else "")
             raise UserError(
-                f"{self.path} holds a run with another configuration: {shown}; choose another run.name, or --fresh to "
+                f"{self.path} has a run with another configuration: {shown}; choose another run.name, or --fresh to "
                 "start anew (the old run is moved aside)"
             )
 
@@ -141,3 +147,20 @@ class RunFolder:
         for folder in self.best.glob("step_*"):
             if int(folder.name.removeprefix("step_")) not in keep:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def differing_keys(written: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    """What makes this start another run than the one in the folder: "key (before -> now)".
+
+    Args:
+        written: {dotted key: value} of the folder's config.yaml; a key that it lacks is at its default.
+        config, defaults: nested dictionaries.
+    """
+    before = flatten(defaults) | written
+    now = flatten(config)
+    # entries of free-form mappings (a custom task's keys) have no default: absent is None on either side
+    return [
+        f"{key} ({before.get(key)!r} -> {now.get(key)!r})"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
+    ]

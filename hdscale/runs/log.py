@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from hdscale.engine.deepspeed_engine import StepResult
+from hdscale.runs.log import StepResult
 from hdscale.engine.ranks import Ranks
 from hdscale.errors import UserError
 from hdscale.settings import flatten

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -9,26 +10,32 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hdscale.engine.ranks import Ranks
-
 PACKAGES = ("hdscale", "torch", "deepspeed", "transformers", "datasets", "safetensors")
 
 
-def provenance(ranks: Ranks, config: Any) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """What a run is computed on: the device's name, the launcher, the number of ranks, and CPU threads per rank."""
+
+    device: str
+    launcher: str
+    world_size: int
+    threads: int
+
+
+def provenance(computation: Computation, seed: int, dtype: str) -> dict[str, Any]:
     """What `results.json` records beside the scores; plain JSON values."""
     return {
         "commit": git_commit(Path(__file__).resolve().parents[2]),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "device": device_name(ranks.device),
+        "device": computation.device,
         "host": platform.node(),
-        "launcher": ranks.launcher,
+        "launcher": computation.launcher,
         "job": os.environ.get("SLURM_JOB_ID"),
-        "world_size": ranks.world_size,
-        "threads": ranks.threads,
-        "seed": config.run.seed,
-        "dtype": config.train.dtype,
+        "world_size": computation.world_size,
+        "threads": computation.threads,
+        "seed": seed,
+        "dtype": dtype,
     }
 
 
@@ -38,19 +45,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def git_commit(folder: Path) -> str | None:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hdscale.engine.settings import RunSettings, TrainSettings
+from hdscale.engine.settings import TrainSettings
+from hdscale.runs.settings import RunSettings
 
 VOCABULARY = 23
 WIDTH = 10  # the odd sizes below are not multiples of any number of ranks

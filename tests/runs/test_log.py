@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hdscale.engine.deepspeed_engine import StepResult
-from hdscale.engine.settings import RunSettings, TrainSettings
+from hdscale.runs.log import StepResult
+from hdscale.engine.settings import TrainSettings
+from hdscale.runs.settings import RunSettings
 from hdscale.errors import UserError
 from hdscale.runs import log as progress
 from hdscale.runs.log import RunLog, cut_back, duration

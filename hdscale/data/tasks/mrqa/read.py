@@ -140,8 +140,6 @@ def identity(task: Task, split: str, settings: DataSettings) -> list[str]:
 
 def check(task: Task, split: str, settings: DataSettings) -> None:
     """Raise UserError if a file of the split is not there or does not begin as it should."""
-    if settings.chunk_overlap < 0:
-        raise UserError(f"data.chunk_overlap={settings.chunk_overlap} must be at least 0")
     for path in split_paths(task, split, settings):
         if path.suffix == ".parquet":
             known = open_parquet(path).schema_arrow.names

@@ -79,9 +79,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def make_tasks(folder: Path, rows: int = 23) -> tuple[dict[str, Task], DataSettings]:
-    """A label and a text task of `rows` rows each, and a chunked QA task (some questions with several
-    chunks).
-    """
+    """A label and a text task of `rows` rows each, and a chunked QA task (some questions with several chunks)."""
     generator = torch.Generator().manual_seed(1)
 
     def words(most: int) -> str:
@@ -190,5 +188,5 @@ def batch_size_job(ranks: Any, capacity: list[int]) -> int:
 
 
 def failing_job(ranks: Any, folder: str) -> None:
-    """The merge fails on rank 0; every rank must hear of it."""
+    """Rank 0 fails; every rank must get the error."""
     ranks.on_main(Path(folder, "missing", "x").read_text)

@@ -243,6 +243,12 @@ def test_an_empty_context_has_an_empty_span():
     assert best_span(window, np.array([1.0, 0, 0]), np.array([2.0, 0, 0])) == ("", 0, 3.0)
 
 
+@pytest.fixture(scope="module")
+def models(run_folder, seq2seq_folder, bert_folder) -> dict[str, Path]:  # noqa: F811
+    """A folder of each kind of model that can be evaluated."""
+    return {"run": run_folder, "t5": seq2seq_folder, "bert": bert_folder}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -261,29 +267,13 @@ def test_an_empty_context_has_an_empty_span():
         (["--run", "{run}", "--output", "/proc/x"], "--output /proc/x: cannot be written"),
     ],
 )
-def test_mistakes(
-    run_folder,  # noqa: F811
-    seq2seq_folder,
-    bert_folder,
-    mrqa_data,
-    tmp_path,
-    capsys,
-    monkeypatch,
-    arguments,
-    message,
-):
+def test_mistakes(models, mrqa_data, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"one": "cat", "label": "no"}\n')
     declared = "kind: label, labels: ['no', 'yes'], source: '{one}', target: '{label}'"
     custom = f"data.custom={{pairs: {{{declared}, files: {{test: {rows}}}}}}}"
-    places = {
-        "t5": seq2seq_folder,
-        "bert": bert_folder,
-        "run": run_folder,
-        "empty": tmp_path,
-        "custom": custom,
-    }
+    places = {**models, "empty": tmp_path, "custom": custom}
     extra = [] if any("mrqa_root" in argument for argument in arguments) else [f"data.mrqa_root={mrqa_data.mrqa_root}"]
     filled = [argument.format(**places) if argument.startswith("{") else argument for argument in arguments]
     assert main(["evaluate", *filled, *extra]) == 2

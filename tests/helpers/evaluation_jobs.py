@@ -138,9 +138,9 @@ def evaluate_job(
     step: int = 7,
     batch_size: int | None = 4,
     limit: int | None = None,
-    lockstep: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Evaluate tasks on their test splits; with `stop_after`, `should_stop` is true from that call on."""
+    """Evaluate tasks on their test splits (`options` are the evaluator's); with `stop_after`, `should_stop` is true from that call on."""
     model, tokenizer = TinyModel(), word_tokenizer()
     calls = 0
 
@@ -160,7 +160,7 @@ def evaluate_job(
             folder=Path(folder),
             ranks=ranks,
             should_stop=should_stop,
-            lockstep=lockstep,
+            **options,
         )
         found = evaluator.evaluate(tasks, "test", step, limit, lambda *news: seen.append(news))
     except EvaluationStopped:

@@ -140,7 +140,11 @@ def evaluate_job(
     limit: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Evaluate tasks on their test splits (`options` are the evaluator's); with `stop_after`, `should_stop` is true from that call on."""
+    """Evaluate tasks on their test splits; with `stop_after`, `should_stop` is true after that many calls.
+
+    Args:
+        options: further arguments of `Evaluator`.
+    """
     model, tokenizer = TinyModel(), word_tokenizer()
     calls = 0
 

@@ -63,9 +63,10 @@ def run(args: argparse.Namespace) -> int:
         ranks.on_main(check_splits, tasks, config.data, [args.split])
         if isinstance(ranks, Ranks):
             choice = dataclasses.replace(choice, device=str(ranks.device))
-        evaluator, version = evaluator_of(choice.load(config), config, folder, ranks)
+        loaded = choice.load(config)
+        evaluator = evaluator_of(loaded, config, folder, ranks)
         with RowProgress(ranks.rank == 0) as progress:
-            evaluation = evaluator.evaluate(tasks, args.split, version, args.limit, progress)
+            evaluation = evaluator.evaluate(tasks, args.split, loaded.version, args.limit, progress)
         ranks.on_main(report, evaluation, args, folder)
     finally:
         ranks.close()
@@ -113,11 +114,10 @@ def start_ranks(config: Config, choice: Choice) -> Ranks | SingleProcess:
     return Ranks.start(launch, config.run.threads, device=choice.device)
 
 
-def evaluator_of(loaded: Loaded, config: Config, folder: Path, ranks: RankGroup) -> tuple[SplitEvaluator, str]:
-    """The evaluator of a loaded model, and the name of the model's weights."""
-    evaluator: SplitEvaluator
+def evaluator_of(loaded: Loaded, config: Config, folder: Path, ranks: RankGroup) -> SplitEvaluator:
+    """The evaluator of a loaded model, whatever its kind."""
     if loaded.extractive:
-        evaluator = ExtractiveEvaluator(
+        return ExtractiveEvaluator(
             model=loaded.model,
             tokenizer=loaded.tokenizer,
             settings=config.eval,
@@ -125,17 +125,15 @@ def evaluator_of(loaded: Loaded, config: Config, folder: Path, ranks: RankGroup)
             folder=folder,
             ranks=ranks,
         )
-    else:
-        evaluator = Evaluator(
-            model=loaded.model,
-            tokenizer=loaded.tokenizer,
-            task_ids=loaded.task_ids,
-            settings=config.eval,
-            data=config.data,
-            folder=folder,
-            ranks=ranks,
-        )
-    return evaluator, loaded.version
+    return Evaluator(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        task_ids=loaded.task_ids,
+        settings=config.eval,
+        data=config.data,
+        folder=folder,
+        ranks=ranks,
+    )
 
 
 def report(evaluation: Evaluation, args: argparse.Namespace, folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""The evaluation room: decoding, metrics, protocols, significance."""
+"""Evaluation by generation: decoding over ranks, prediction files, metrics and averages, the MRQA protocol."""

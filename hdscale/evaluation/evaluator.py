@@ -30,6 +30,7 @@ from hdscale.evaluation.generation import (
     BatchDecoder,
     Decoder,
     GenerationModel,
+    Prediction,
     SourceRow,
     SplitRows,
     global_batches,
@@ -117,7 +118,7 @@ class SplitInputs(Generic[Row]):
         """Tokens of each row's source."""
         return [int(length) for length in self.rows.source_lengths[: len(self.examples)]]
 
-    def decode(self, numbers: Sequence[int]) -> list[Any]:
+    def decode(self, numbers: Sequence[int]) -> list[Prediction]:
         """The predictions of these rows, as one batch."""
         return self.decoder([self.rows.row(number) for number in numbers], numbers)
 
@@ -263,7 +264,7 @@ class SplitEvaluator(abc.ABC):
         return self.lockstep and self.ranks.world_size > 1
 
     def batch_size(self, name: str, inputs: SplitInputs[Any]) -> int:
-        """`eval.batch_size`, or (null) the largest that fits, found once and kept in the folder under `<task>.<split>`."""
+        """`eval.batch_size`, or (null) the largest that fits, found once and kept in the folder under the name."""
         if self.settings.batch_size is not None:
             return self.settings.batch_size
         return self._batch_sizes.once(name, functools.partial(self._largest_batch_size, inputs))

@@ -1,8 +1,8 @@
 """From answers of chunks to answers of questions (Section 3.1.2), and the official evaluator's prediction files.
 
 Every chunk of a question is decoded and scored by the summed log-likelihood of the tokens generated, </s> included (the
-empty answer is `</s>` alone and is scored too). The likeliest non-empty answer becomes the question's; if all are empty,
-the question's is empty.
+empty answer is `</s>` alone and is scored too). The likeliest non-empty answer becomes the question's, which is empty
+only if all are.
 """
 
 from __future__ import annotations

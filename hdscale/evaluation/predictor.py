@@ -46,8 +46,8 @@ class Predictor:
         model: any model that generates. tokenizer: its tokenizer.
         task_ids: {task: its id} of a task-conditioned model, empty for others.
         settings: `eval.*` (beams, batch size, the score of chunks). data: `data.*` (lengths).
-        batch_size: rows decoded at once; default: `eval.batch_size`, otherwise by device. Halved if they do not fit into
-            memory.
+        batch_size: rows decoded at once; default: `eval.batch_size`, otherwise by device. It is halved for as long as a
+            batch does not fit into memory.
         scored: also return log-likelihoods.
     """
 

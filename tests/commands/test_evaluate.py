@@ -1,6 +1,4 @@
-"""`hdscale evaluate` on runs, exports, foreign checkpoints and extractive ones; the span decoder against
-brute force.
-"""
+"""`hdscale evaluate` on runs, exports, other checkpoints and extractive ones; the span decoder against brute force."""
 
 from __future__ import annotations
 
@@ -18,8 +16,16 @@ from hdscale.commands.cli import main
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks import get_task
 from hdscale.evaluation import extractive
-from hdscale.evaluation.extractive import MAX_ANSWER_TOKENS, SpanDecoder, Window, best_span, windows_of
+from hdscale.evaluation.extractive import (
+    MAX_ANSWER_TOKENS,
+    ExtractiveEvaluator,
+    SpanDecoder,
+    Window,
+    best_span,
+    windows_of,
+)
 from hdscale.evaluation.generation import Decoder
+from hdscale.evaluation.settings import EvalSettings
 from hdscale.load import Choice, Seq2Seq, version_of
 from tests.commands.test_predict import run_folder  # noqa: F401 - a fixture
 from tests.helpers.evaluation_jobs import make_tasks, word_tokenizer
@@ -30,7 +36,7 @@ def mrqa_data(tmp_path_factory) -> DataSettings:
     return make_tasks(tmp_path_factory.mktemp("mrqa"))[1]
 
 
-def test_a_run_is_evaluated_and_goes_on_after_an_interruption(run_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_is_evaluated_and_resumed_after_an_interruption(run_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     arguments = ["evaluate", "--run", str(run_folder), "--output", str(tmp_path), "--batch-size", "2"]
     decode, batches = Decoder.__call__, []
 
@@ -56,7 +62,7 @@ def test_a_run_is_evaluated_and_goes_on_after_an_interruption(run_folder, tmp_pa
     printed = capsys.readouterr().out
     assert "accuracy" in printed and str(tmp_path)[:20] in printed
     done = len(batches)
-    assert main(arguments) == 0 and len(batches) == done, "nothing is left to decode"
+    assert main(arguments) == 0 and len(batches) == done, "there is nothing left to decode"
     assert main([*arguments, "--tasks", "pairs", "--limit", "3"]) == 0 and len(batches) == done + 2
     assert json.loads((tmp_path / "results.test.json").read_text())["notes"]["pairs"]["rows"] == 3
 
@@ -162,6 +168,27 @@ def test_an_extractive_checkpoint_on_mrqa(bert_folder, mrqa_data, tmp_path):
         assert answers[question.qid] and answers[question.qid] in question.context
 
 
+def test_the_batch_size_of_an_extractive_checkpoint_is_found_with_its_own_decoder(
+    bert_folder, mrqa_data, tmp_path, monkeypatch
+):
+    """As on a GPU with memory for 100 windows."""
+    tried = []
+
+    def decode(self, rows, numbers):
+        tried.append(len(rows))
+        if len(rows) > 100:
+            raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(SpanDecoder, "device", torch.device("cuda"))
+    monkeypatch.setattr(SpanDecoder, "__call__", decode)
+    loaded = Choice(model=str(bert_folder)).load(Choice(model=str(bert_folder)).config())
+    evaluator = ExtractiveEvaluator(
+        model=loaded.model, tokenizer=loaded.tokenizer, settings=EvalSettings(), data=mrqa_data, folder=tmp_path
+    )
+    inputs = evaluator.inputs(get_task("squad", mrqa_data), "test", limit=3)
+    assert evaluator.batch_size("squad.test", inputs) == 64 and tried == [512, 256, 128, 64]
+
+
 def test_best_span_equals_brute_force():
     draw = np.random.default_rng(0)
     for _ in range(30):
@@ -216,6 +243,12 @@ def test_an_empty_context_has_an_empty_span():
     assert best_span(window, np.array([1.0, 0, 0]), np.array([2.0, 0, 0])) == ("", 0, 3.0)
 
 
+@pytest.fixture(scope="module")
+def models(run_folder, seq2seq_folder, bert_folder) -> dict[str, Path]:  # noqa: F811
+    """A folder of each kind of model that can be evaluated."""
+    return {"run": run_folder, "t5": seq2seq_folder, "bert": bert_folder}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -234,29 +267,13 @@ def test_an_empty_context_has_an_empty_span():
         (["--run", "{run}", "--output", "/proc/x"], "--output /proc/x: cannot be written"),
     ],
 )
-def test_mistakes(
-    run_folder,  # noqa: F811
-    seq2seq_folder,
-    bert_folder,
-    mrqa_data,
-    tmp_path,
-    capsys,
-    monkeypatch,
-    arguments,
-    message,
-):
+def test_mistakes(models, mrqa_data, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"one": "cat", "label": "no"}\n')
     declared = "kind: label, labels: ['no', 'yes'], source: '{one}', target: '{label}'"
     custom = f"data.custom={{pairs: {{{declared}, files: {{test: {rows}}}}}}}"
-    places = {
-        "t5": seq2seq_folder,
-        "bert": bert_folder,
-        "run": run_folder,
-        "empty": tmp_path,
-        "custom": custom,
-    }
+    places = {**models, "empty": tmp_path, "custom": custom}
     extra = [] if any("mrqa_root" in argument for argument in arguments) else [f"data.mrqa_root={mrqa_data.mrqa_root}"]
     filled = [argument.format(**places) if argument.startswith("{") else argument for argument in arguments]
     assert main(["evaluate", *filled, *extra]) == 2

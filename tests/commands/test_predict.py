@@ -39,9 +39,7 @@ OVERRIDES = [
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    """A run's folder as training leaves it: configuration and exported trainables (a random base of the run's
-    seed).
-    """
+    """A run's folder as training leaves it: configuration and export (the base is the random one of the run's seed)."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     data = tmp_path_factory.mktemp("data")
     _, settings = make_tasks(data)
@@ -102,7 +100,7 @@ def predict_file(run_folder: Path, folder: Path, rows: list, *options: str, code
     return [json.loads(line) for line in target.read_text().splitlines()] if code == 0 else []
 
 
-def test_free_text_in_order_whatever_the_window(run_folder, tmp_path, capsys):
+def test_free_text_stays_in_order_with_any_window(run_folder, tmp_path, capsys):
     rows = [{"source": text, "id": f"row-{number}"} for number, text in enumerate(TEXTS * 3)]
     whole = predict_file(run_folder, tmp_path, rows)
     assert [row["id"] for row in whole] == [f"row-{number}" for number in range(18)]
@@ -142,10 +140,8 @@ def test_rows_of_several_tasks(run_folder, tmp_path):
     assert direct[0]["prediction"] == found[0]["prediction"]
 
 
-def test_questions_answer_as_in_evaluation(run_folder, tmp_path):
-    """The same questions through `predict` and through the evaluation loop: chunks, scores and the choice
-    among them.
-    """
+def test_questions_are_answered_as_in_evaluation(run_folder, tmp_path):
+    """The same questions through `predict` and through the evaluator: chunks, scores and the choice among them."""
     choice = Choice(run=str(run_folder))
     config = choice.config()
     loaded = choice.load(config)
@@ -198,14 +194,14 @@ def find_task(run_folder):
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_rows_say_line_and_field(find_task, case):
+def test_messages_about_bad_rows_name_line_and_field(find_task, case):
     raw, message = BAD[case]
     with pytest.raises(BadRow) as caught:
         parse(2, raw, None, find_task)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
-def test_bad_rows_are_skipped_or_fatal(run_folder, tmp_path, capsys):
+def test_bad_rows_stop_or_are_skipped(run_folder, tmp_path, capsys):
     rows = [{"source": "cat"}, *(raw for raw, _ in BAD.values()), b"", {"source": "dog"}]
     found = predict_file(run_folder, tmp_path, rows, "--on-error", "skip")
     assert [row["line"] for row in found] == [1, len(BAD) + 3]
@@ -217,7 +213,7 @@ def test_bad_rows_are_skipped_or_fatal(run_folder, tmp_path, capsys):
     assert (tmp_path / "out.jsonl").read_text() == "kept\n"
 
 
-def test_a_bad_row_behind_the_first_window_leaves_what_is_done(run_folder, tmp_path, capsys):
+def test_a_bad_row_after_the_first_window_keeps_earlier_predictions(run_folder, tmp_path, capsys):
     rows = [{"source": text} for text in TEXTS] + [b"{"]
     predict_file(run_folder, tmp_path, rows, "--window", "3", code=2)
     assert "line 7: not JSON" in (said := capsys.readouterr().err) and "out.jsonl.partial" in said
@@ -310,7 +306,7 @@ def predictor_of(choice: Choice, config: Config, **options) -> Predictor:
     return Predictor(loaded.model, loaded.tokenizer, loaded.task_ids, config.eval, config.data, **options)
 
 
-def test_batches_are_halved_where_memory_does_not_suffice(run_folder, monkeypatch):
+def test_batches_are_halved_when_out_of_memory(run_folder, monkeypatch):
     choice = Choice(run=str(run_folder))
     config = choice.config()
     predictor = predictor_of(choice, config, batch_size=16)

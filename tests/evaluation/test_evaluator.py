@@ -1,4 +1,4 @@
-"""The evaluation loop: global batches, ranks, streaming, going on after an interruption."""
+"""The evaluation loop: global batches, ranks, part files, resuming after an interruption."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ JOB = "tests.helpers.evaluation_jobs:evaluate_job"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Tasks on 23 rows (uneven for every number of ranks and batch size used) and their whole evaluation by
-    one process.
-    """
+    """Tasks on 23 rows (uneven for every number of ranks and batch size used), and their evaluation by one process."""
     folder = tmp_path_factory.mktemp("evaluation")
     tasks, data = make_tasks(folder)
     whole = evaluate_job(SingleProcess(), list(tasks.values()), data, str(folder / "whole"))
@@ -92,7 +90,7 @@ def test_one_and_three_ranks_write_the_same_bytes(world, rank_pool, tmp_path):
     assert len(found[1]) == 3
 
 
-def test_interrupted_evaluation_goes_on_at_another_number_of_ranks(world, rank_pool, tmp_path):
+def test_an_interrupted_evaluation_resumes_with_another_number_of_ranks(world, rank_pool, tmp_path):
     tasks, data, folder, whole = world
     job = {"tasks": list(tasks.values()), "data": data, "folder": str(tmp_path)}
     first = rank_pool(2).run(JOB, job | {"stop_after": 2})
@@ -107,7 +105,7 @@ def test_interrupted_evaluation_goes_on_at_another_number_of_ranks(world, rank_p
     assert contents(tmp_path) == contents(folder)
 
 
-def test_a_torn_line_is_decoded_again_and_nothing_else(world, tmp_path):
+def test_only_the_batch_of_an_incomplete_line_is_decoded_again(world, tmp_path):
     tasks, data, folder, whole = world
     one = [tasks["written"]]
     assert evaluate_job(SingleProcess(), one, data, str(tmp_path), stop_after=3)["stopped"]
@@ -117,7 +115,7 @@ def test_a_torn_line_is_decoded_again_and_nothing_else(world, tmp_path):
     assert contents(tmp_path)["written.test.jsonl"] == contents(folder)["written.test.jsonl"]
 
 
-def test_a_crash_in_mid_batch_loses_only_that_batch(world, tmp_path, monkeypatch):
+def test_a_crash_during_a_batch_loses_only_that_batch(world, tmp_path, monkeypatch):
     tasks, data, folder, whole = world
     generate = TinyModel.generate
 
@@ -256,7 +254,7 @@ def test_no_memory_for_one_row(tmp_path):
     assert not (tmp_path / "batch_sizes.json").exists()
 
 
-def test_what_fails_on_rank_zero_fails_on_all(rank_pool, tmp_path):
+def test_an_error_on_rank_0_reaches_every_rank(rank_pool, tmp_path):
     with pytest.raises(RankFailure, match="No such file"):
         rank_pool(2).run("tests.helpers.evaluation_jobs:failing_job", {"folder": str(tmp_path)})
 
@@ -270,7 +268,7 @@ def test_label_tasks_stop_at_their_longest_label(world):
     assert (squad.max_new_tokens, squad.num_beams, squad.min_new_tokens) == (64, 2, 0)
 
 
-def test_summaries_have_their_beams_and_no_empty_output():
+def test_summaries_have_their_own_beams_and_are_never_empty():
     from hdscale.data.tasks import get_task
 
     for name, beams in (("xsum", 6), ("cnn_dailymail", 4), ("wiki_lingua", 4)):
@@ -283,9 +281,7 @@ def rows_of(texts: list[str]) -> list:
 
 
 def test_scores_are_summed_log_likelihoods_with_the_end_token():
-    """Against a loop over positions of the model's own softmax, one row at a time; the empty answer is scored
-    too.
-    """
+    """Against a loop over positions of the model's own softmax, one row at a time; the empty answer is scored too."""
     model, tokenizer = TinyModel().eval(), word_tokenizer()
     rows = rows_of(["cat sat on mat", "who ran", "red red blue green far away dog", "where ?"])
     with torch.no_grad():  # </s> likelier, so that lengths differ
@@ -312,13 +308,20 @@ def test_scores_are_summed_log_likelihoods_with_the_end_token():
     assert empty.shape == (1,) and empty.item() < 0
 
 
+def test_sources_are_padded_on_the_right_and_masked_by_length():
+    """A padding id inside a source is a token like any other."""
+    input_ids, mask = pad_sources([[5, 0, 1], [7]], 0, "cpu")
+    assert input_ids.tolist() == [[5, 0, 1], [7, 0, 0]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert input_ids.dtype == mask.dtype == torch.int64
+
+
 def test_kept_tokens_end_with_the_first_end_token():
     generated = torch.tensor([[5, 1, 0, 0], [1, 0, 0, 0], [5, 6, 7, 8], [5, 1, 6, 1]])
     kept = generation.tokens_kept(generated, eos_id=1, pad_id=0)
     assert kept.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
 
 
-def test_dropout_is_off_and_the_training_flag_comes_back():
+def test_dropout_is_off_and_the_training_flag_is_restored():
     model, tokenizer = TinyModel().train(), word_tokenizer()
     rows = rows_of(["cat sat on mat", "who ran"])
     one = Decoder(model, tokenizer, Decoding(5), scored=True)(rows, [0, 1])
@@ -333,9 +336,7 @@ def test_task_ids_reach_the_model(world):
 
 
 def test_lockstep_ranks_make_equally_many_passes(world, rank_pool, tmp_path):
-    """ZeRO-3 gathers weights collectively: a rank without a batch repeats one, and generates as long as the
-    others do.
-    """
+    """ZeRO-3 gathers weights collectively: a rank without a batch repeats one, and generates as long as the others."""
     tasks, data, folder, whole = world
     job = {
         "tasks": [tasks["written"]],

@@ -79,9 +79,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def make_tasks(folder: Path, rows: int = 23) -> tuple[dict[str, Task], DataSettings]:
-    """A label and a text task of `rows` rows each, and a chunked QA task (some questions with several
-    chunks).
-    """
+    """A label and a text task of `rows` rows each, and a chunked QA task (some questions with several chunks)."""
     generator = torch.Generator().manual_seed(1)
 
     def words(most: int) -> str:
@@ -140,9 +138,13 @@ def evaluate_job(
     step: int = 7,
     batch_size: int | None = 4,
     limit: int | None = None,
-    lockstep: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Evaluate tasks on their test splits; with `stop_after`, `should_stop` is true from that call on."""
+    """Evaluate tasks on their test splits; with `stop_after`, `should_stop` is true after that many calls.
+
+    Args:
+        options: further arguments of `Evaluator`.
+    """
     model, tokenizer = TinyModel(), word_tokenizer()
     calls = 0
 
@@ -162,7 +164,7 @@ def evaluate_job(
             folder=Path(folder),
             ranks=ranks,
             should_stop=should_stop,
-            lockstep=lockstep,
+            **options,
         )
         found = evaluator.evaluate(tasks, "test", step, limit, lambda *news: seen.append(news))
     except EvaluationStopped:
@@ -190,5 +192,5 @@ def batch_size_job(ranks: Any, capacity: list[int]) -> int:
 
 
 def failing_job(ranks: Any, folder: str) -> None:
-    """The merge fails on rank 0; every rank must hear of it."""
+    """Rank 0 fails; every rank must get the error."""
     ranks.on_main(Path(folder, "missing", "x").read_text)

@@ -17,10 +17,10 @@ from hdscale.bases.settings import ModelSettings
 from hdscale.cluster.settings import ClusterSettings
 from hdscale.data.settings import DataSettings
 from hdscale.engine.settings import TrainSettings
-from hdscale.runs.settings import RunSettings
 from hdscale.errors import UserError, nearest, one_line
 from hdscale.evaluation.settings import EvalSettings
 from hdscale.modeling.settings import MethodSettings
+from hdscale.runs.settings import RunSettings
 from hdscale.settings import Settings, check_choice, choices, setting
 
 
@@ -63,9 +63,9 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     return to_config(node)
 
 
-def config_from_dict(tree: Mapping[str, Any], origin: str) -> Config:
+def config_from_dict(tree: Mapping[str, Any] | DictConfig, origin: str) -> Config:
     """The configuration of nested dictionaries, checked; `origin` says in messages where they come from."""
-    return to_config(merge(OmegaConf.structured(Config), OmegaConf.create(dict(tree)), origin))
+    return to_config(merge(OmegaConf.structured(Config), OmegaConf.create(tree), origin))
 
 
 def to_config(node: DictConfig) -> Config:
@@ -97,7 +97,9 @@ def check_layer(node: DictConfig, layer: Any, origin: str, prefix: str = "") -> 
     for key in list(layer):
         if key not in node:
             full = f"{prefix}{key}"
-            raise UserError(f"{origin}: unknown key '{full}'{nearest(full, [prefix + str(k) for k in node] + all_keys())}")
+            raise UserError(
+                f"{origin}: unknown key '{full}'{nearest(full, [prefix + str(k) for k in node] + all_keys())}"
+            )
         if OmegaConf.is_missing(layer, key) or OmegaConf.is_interpolation(layer, key):
             continue
         value = layer[key]

@@ -21,7 +21,6 @@ from hdscale.cluster.checks import check_script, check_slurm, has_slurm
 from hdscale.cluster.executors import (
     build_executor,
     package_root,
-    ranks_per_node,
     script_text,
     submission_error,
     take_snapshot,
@@ -39,7 +38,7 @@ from hdscale.cluster.records import (
 )
 from hdscale.cluster.status import cancel, live_jobs, show_launches, show_logs, show_status
 from hdscale.cluster.sweep import expand
-from hdscale.config import Config, load_config, model_config, to_dict
+from hdscale.config import Config, load_config, to_dict
 from hdscale.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 
@@ -103,7 +102,7 @@ def check_runs(configs: list[Config]) -> None:
     """
     from hdscale.data.sources import check_splits
     from hdscale.modeling import build_model
-    from hdscale.train import check
+    from hdscale.resolve import resolve
 
     seen = []
     for config in configs:
@@ -111,9 +110,9 @@ def check_runs(configs: list[Config]) -> None:
         one = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=0, name="", dir=""))
         if one not in seen:
             seen.append(one)
-            tasks = check(config, config.cluster.nodes * ranks_per_node(config.cluster))
-            check_splits(tasks, config.data)
-            build_model(model_config(config), device="meta")
+            resolved = resolve(config, config.cluster.nodes * config.cluster.ranks_per_node)
+            check_splits(resolved.tasks.all, config.data)
+            build_model(resolved.model, device="meta")
 
 
 def launch(config: Config, runs: list[tuple[Config, list[str]]], fresh: bool, dry_run: bool) -> int:

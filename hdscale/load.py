@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hdscale.config import Config, load_config, model_config
+from hdscale.config import Config, load_config
 from hdscale.data.tokenize import load_tokenizer
 from hdscale.errors import UserError
+from hdscale.resolve import resolve_model
 
 ADAPTER_CONFIG = "hdscale_config.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -119,7 +120,7 @@ class Choice:
         from hdscale.modeling.model import build_model
 
         tokenizer = load_tokenizer(self.tokenizer or tokenizer_name(config.model), config.model.revision)
-        described = model_config(config)
+        described = resolve_model(config)
         described.model.init_adapter = None
         model = build_model(described, dtype, device, seed=config.run.seed)
         folder = Path(str(self.run)) / "adapter"

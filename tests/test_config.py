@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.config import load_config, model_config
+from hdscale.config import load_config
 from hdscale.errors import UserError
+from hdscale.resolve import resolve_model
 from tests.helpers.places import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -28,7 +29,7 @@ def test_shipped_configuration_is_read_and_its_model_built(path: Path) -> None:
 
     config = load_config(path)
     config.model.name = BUILT_IN.get(config.model.name, config.model.name)
-    model = build_model(model_config(config), device="meta")
+    model = build_model(resolve_model(config), device="meta")
     assert model.trainable_names()
     assert config.run.name == path.stem, "a run is called after its file"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hdscale.cluster.checks import count_gpus
-from hdscale.cluster.executors import build_executor, minutes, script_text, take_snapshot
+from hdscale.cluster.executors import build_executor, script_text, take_snapshot
 from hdscale.cluster.job import TrainingJob
 from hdscale.cluster.records import (
     LaunchRecord,
@@ -22,7 +22,7 @@ from hdscale.cluster.records import (
     write_launch,
     write_state,
 )
-from hdscale.cluster.settings import ClusterSettings
+from hdscale.cluster.settings import ClusterSettings, minutes_of
 from hdscale.cluster.sweep import expand
 from hdscale.commands.cli import main
 from hdscale.errors import UserError
@@ -131,7 +131,7 @@ def test_containers() -> None:
     ],
 )
 def test_times(time: str, expected: int) -> None:
-    assert minutes(time) == expected
+    assert minutes_of(time) == expected
 
 
 @pytest.mark.parametrize(

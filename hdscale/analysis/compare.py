@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 
 from hdscale.analysis.formats import TextTable, add_output_arguments, write_tables
 from hdscale.errors import UserError
-from hdscale.runs.read_results import RunResult, read_run, task_average
+from hdscale.runs.results import RunResult, read_run, task_average
 
 SIGNIFICANT = 0.05
 TEST_NAMES = {

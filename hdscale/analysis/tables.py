@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from hdscale.analysis.formats import TextTable, add_output_arguments, write_tables
 from hdscale.analysis.paper import Column, PaperRow, PaperTable, config_path, paper_table, paper_tables
 from hdscale.errors import UserError
-from hdscale.runs.read_results import RunResult, find_runs
+from hdscale.runs.results import RunResult, find_runs
 
 MISSING = "–"
 

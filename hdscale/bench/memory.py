@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hdscale.bench.allocations import mark, track_cpu
-from hdscale.config import Config, load_config, model_config
+from hdscale.config import Config, load_config
 from hdscale.engine.deepspeed_engine import build_engine
 from hdscale.engine.environment import read_environment
 from hdscale.engine.ranks import Ranks
 from hdscale.modeling.model import build_model
+from hdscale.resolve import resolve
 from hdscale.study.memory_model import Memory, Sharding, step_memory
 from hdscale.study.plan import architecture, counted, work_of
 
@@ -85,8 +86,9 @@ def measured(case: Case, ranks: Ranks) -> int:
     peaks: list[int] = []
 
     def work() -> None:
-        model = build_model(model_config(config), dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
-        engine = build_engine(model, config, ranks)
+        resolved = resolve(config, ranks.world_size)
+        model = build_model(resolved.model, dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
+        engine = build_engine(model, config.train, resolved.deepspeed, ranks, config.run.seed)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, vocabulary, (case.rows, case.source), generator=generator)
         mask = torch.ones_like(ids)

@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 
 from hdscale.bench.rows import make_rows
-from hdscale.config import load_config, model_config
+from hdscale.config import load_config
 from hdscale.data.batches import Row, collate
 from hdscale.data.micro_batches import deal
 from hdscale.engine.deepspeed_engine import build_engine
 from hdscale.engine.environment import read_environment
 from hdscale.engine.ranks import Ranks
 from hdscale.modeling import build_model
+from hdscale.resolve import resolve
 
 COLLECTIVES = (
     "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "_all_gather_base", "reduce_scatter",
@@ -109,9 +110,10 @@ def measure(ranks: Ranks, task: Task, rows: list[tuple[list[int], list[int]]], h
         ],
     )  # fmt: skip
     dtype = torch.bfloat16 if task.dtype == "bf16" else torch.float32
-    model = build_model(model_config(config), dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
+    resolved = resolve(config, ranks.world_size)
+    model = build_model(resolved.model, dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    engine = build_engine(model, config, ranks)
+    engine = build_engine(model, config.train, resolved.deepspeed, ranks, config.run.seed)
     seconds, said, calls = [], {}, {}
     for step in range(task.steps + 1):
         parts = deal(mixed[step * task.batch : (step + 1) * task.batch], ranks.world_size, task.micro_batch_size)[

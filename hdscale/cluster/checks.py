@@ -9,7 +9,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from hdscale.cluster.executors import ranks_per_node
 from hdscale.cluster.settings import ClusterSettings
 from hdscale.errors import UserError, nearest
 
@@ -60,9 +59,9 @@ def check_slurm(cluster: ClusterSettings) -> None:
             f"a node of partition {partition.name} has {partition.gpus} GPUs",
         ),
         "cpus_per_task": (
-            cluster.cpus_per_task * ranks_per_node(cluster),
+            cluster.cpus_per_task * cluster.ranks_per_node,
             partition.cpus,
-            f"{ranks_per_node(cluster)} ranks a node with {cluster.cpus_per_task} cores each are more than "
+            f"{cluster.ranks_per_node} ranks a node with {cluster.cpus_per_task} cores each are more than "
             f"the {partition.cpus} cores of a node of partition {partition.name}",
         ),
     }

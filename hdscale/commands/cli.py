@@ -11,7 +11,7 @@ from hdscale.errors import EXIT_USER_ERROR, UserError, report
 
 VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("hdscale.commands.prepare", "fetch data, tokenizer and weights into a folder for offline machines"),
-    "train": ("hdscale.train", "train, evaluate and test a model (one process, or a rank under SLURM)"),
+    "train": ("hdscale.commands.train", "train, evaluate and test a model (one process, or a rank under SLURM)"),
     "evaluate": (
         "hdscale.commands.evaluate",
         "evaluate a run, an export or any seq2seq or extractive-QA checkpoint",

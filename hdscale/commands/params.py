@@ -13,10 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from hdscale.analysis.paper import PaperRow, PaperTable, config_path, paper_tables, trained_rows
-from hdscale.config import load_config, model_config
+from hdscale.config import load_config
 from hdscale.errors import UserError
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.model import AdaptedModel, build_model
+from hdscale.resolve import resolve_model
 
 
 @dataclass
@@ -75,7 +76,7 @@ def count_paper_rows(keys: Sequence[str]) -> list[tuple[PaperTable, PaperRow, Pa
     counts: dict[str, ParameterCount] = {}
     rows = []
     for table, row in trained_rows(keys):
-        config = model_config(load_config(config_path(row.config)))
+        config = resolve_model(load_config(config_path(row.config)))
         known = json.dumps(config.to_dict(), sort_keys=True)
         if known not in counts:
             counts[known] = count_for(config)
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         return print_paper_rows(args.json)
     if args.config is None:
         raise UserError("give --config FILE, or --all for the rows of the paper's tables")
-    count = count_for(model_config(load_config(args.config, args.overrides)))
+    count = count_for(resolve_model(load_config(args.config, args.overrides)))
     if args.json:
         print(json.dumps(asdict(count), indent=2))
     else:

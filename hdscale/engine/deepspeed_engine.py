@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,9 +74,7 @@ class PendingStep:
         return StepResult(self._step, loss, int(tokens), norm, self._learning_rate)
 
 
-def build_engine(
-    model: nn.Module, train: TrainSettings, deepspeed: dict[str, Any], ranks: Ranks, seed: int
-) -> Engine:
+def build_engine(model: nn.Module, train: TrainSettings, deepspeed: dict[str, Any], ranks: Ranks, seed: int) -> Engine:
     """Hand the model to DeepSpeed.
 
     Args:
@@ -92,6 +89,17 @@ def build_engine(
     """
     count = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     return Engine(model, train, limit_buckets(deepspeed, count), ranks, seed)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Trainable parameters of an adapted model, and all parameters of its base."""
+    trainable = sum(parameter_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    return trainable, sum(parameter_size(parameter) for parameter in model.get_submodule("base").parameters())
+
+
+def parameter_size(parameter: nn.Parameter) -> int:
+    """Number of elements; ZeRO-3 leaves an empty parameter and keeps the number beside it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 class Engine:

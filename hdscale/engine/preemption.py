@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterable
-from pathlib import Path
 from types import FrameType, TracebackType
+
+import psutil
 
 from hdscale.engine.ranks import Ranks
 
@@ -39,7 +39,6 @@ class Preemption:
         self._before: dict[int, object] = {}
         self._lineage = lineage() if ranks.launcher in PARENT_LAUNCHERS else {}
         self._reason: str | None = None
-        self.since: float | None = None
 
     def __enter__(self) -> Preemption:
         for number in self._signals:
@@ -58,13 +57,13 @@ class Preemption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._reason is None:
-            self._reason, self.since = signal.Signals(number).name, time.monotonic()
+            self._reason = signal.Signals(number).name
 
     @property
     def requested(self) -> bool:
         """Whether this rank was asked to stop. Others may not know yet: act on `agreed()`."""
         if self._reason is None and any(parent_of(child) != parent for child, parent in self._lineage.items()):
-            self._reason, self.since = "loss of the launcher", time.monotonic()
+            self._reason = "loss of the launcher"
         return self._reason is not None
 
     def agreed(self) -> bool:
@@ -72,7 +71,7 @@ class Preemption:
         if not self._ranks.any_true(self.requested):
             return False
         if self._reason is None:
-            self._reason, self.since = "request to another rank", time.monotonic()
+            self._reason = "request to another rank"
         return True
 
     @property
@@ -100,15 +99,14 @@ def parent_of(process: int) -> int | None:
     if process == os.getpid():
         return os.getppid()
     try:
-        # the second field is the command in brackets, and may itself hold spaces and brackets
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
+        return psutil.Process(process).ppid()
+    except psutil.Error:
         return None
 
 
 def command_of(process: int) -> str:
     """A process's command line, its words separated by spaces; empty if unknown."""
     try:
-        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
+        return " ".join(psutil.Process(process).cmdline())
+    except psutil.Error:
         return ""

@@ -9,12 +9,15 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from hdscale.engine.environment import Launch, read_environment
 from hdscale.engine.rendezvous import meet
 from hdscale.errors import UserError
+from hdscale.runs.machine import processor_name
+from hdscale.runs.provenance import Computation
 
 T = TypeVar("T")
 
@@ -103,6 +106,18 @@ class Ranks:
         attach_deepspeed()
         return cls(launch, place, threads, host_group)
 
+    @property
+    def computation(self) -> Computation:
+        """What this run is computed on, for its results."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor_name()
+        return Computation(name, self.launcher, self.world_size, self.threads)
+
+    def memory_gb(self) -> float:
+        """Peak memory allocated on the GPU, or this process's resident memory on a CPU, in GB (10^9 bytes)."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        return psutil.Process().memory_info().rss / 1e9
+
     def barrier(self) -> None:
         """Wait for every rank."""
         self.max_int(0)
@@ -122,14 +137,6 @@ class Ranks:
         tensor = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._host_group)
         return int(tensor.item())
-
-    def sum_floats(self, values: list[float]) -> list[float]:
-        """Element-wise sums over the ranks, in double precision."""
-        if self.world_size == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self._host_group)
-        return tensor.tolist()
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor of this rank's device over the ranks, in place, without waiting for the device."""
@@ -204,7 +211,9 @@ def choose_device(device_type: str, local_rank: int) -> torch.device:
         return torch.device("cuda", local_rank)
     if count == 1:
         return torch.device("cuda", 0)
-    raise UserError(f"local rank {local_rank} has no GPU: this node shows {count}; start at most {count} ranks a node")
+    raise UserError(
+        f"local rank {local_rank} has no GPU: this node shows {count}; start at most {count} ranks per node"
+    )
 
 
 def free_port() -> int:

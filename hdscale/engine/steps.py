@@ -31,8 +31,8 @@ class Steps:
         self._pending: tuple[PendingStep, dict[str, int]] | None = None
         self._since = time.monotonic()
 
-    def take(self) -> None:
-        """Hand out the next step, and finish the one before it.
+    def next(self) -> None:
+        """Start the next step, and finish the one before it.
 
         Raises:
             NonFiniteError: on every rank, for the step before it or this one.

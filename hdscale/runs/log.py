@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, train.log, a progress bar or plain lines, TensorBoard, W&B."""
+"""What a run reports while it runs: metrics.jsonl, train.log, a progress bar or plain lines, TensorBoard, W&B."""
 
 from __future__ import annotations
 
@@ -13,22 +13,40 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from hdscale.runs.log import StepResult
-from hdscale.engine.ranks import Ranks
 from hdscale.errors import UserError
+from hdscale.files import write_text
+from hdscale.runs.folder import LOG, METRICS
+from hdscale.runs.settings import RunSettings
 from hdscale.settings import flatten
 
 EVALUATION_NEWS_SECONDS = 30.0
 """Where there is no terminal for a bar, a long evaluation says how far it is this often."""
 
 
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """One optimizer step over a global batch.
+
+    Attributes:
+        step: number of this step, counted from 1.
+        loss: mean over the global batch's target tokens (or their sum, with `train.loss_reduction=sum`).
+        target_tokens: of the global batch.
+        grad_norm: norm of the global gradient before clipping.
+        learning_rate: the (first parameter group's) rate of this step.
+    """
+
+    step: int
+    loss: float
+    target_tokens: int
+    grad_norm: float
+    learning_rate: float
+
+
 class SteadyConsole(Console):
-    """A console that falls silent when nobody reads it any more: the launcher may die, and its terminal with it."""
+    """A console that stays silent once its reader is gone: the launcher may die, and its terminal with it."""
 
     def on_broken_pipe(self) -> None:
         """Instead of rich's way, which ends the program: a run must live to save its checkpoint."""
@@ -40,20 +58,32 @@ class SteadyConsole(Console):
 class RunLog:
     """The log of a run. Every rank has one; only rank 0's writes.
 
-    `metrics.jsonl` has one flat dict a line: `kind` "train" (every `train.log_every` steps) or "evaluation", `step`,
+    `metrics.jsonl` has one flat dict per line: `kind` "train" (every `train.log_every` steps) or "evaluation", `step`,
     and numbers. On resume it is cut back to the checkpoint's step, so that it reads as if nothing had happened.
 
     Args:
         folder: the run's folder.
-        config: the run's configuration; read are `run.{name,tensorboard,wandb}` and `train.log_every`.
+        run: `run.*`. log_every: `train.log_every`.
+        active: whether this rank writes.
+        memory: gives the GB (10^9 bytes) of memory in use.
+        config: the resolved configuration, for W&B.
 
     Raises:
         UserError: on every rank, if TensorBoard or W&B is asked for and not installed.
     """
 
-    def __init__(self, folder: str | Path, config: Any, ranks: Ranks) -> None:
-        self._folder, self._config, self._ranks = Path(folder), config, ranks
-        self._active = ranks.is_main
+    def __init__(
+        self,
+        folder: str | Path,
+        run: RunSettings,
+        log_every: int,
+        *,
+        active: bool,
+        memory: Callable[[], float],
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._folder, self._run, self._log_every, self._config = Path(folder), run, log_every, config or {}
+        self._active, self._memory = active, memory
         self._console = SteadyConsole(soft_wrap=True)
         self._files: dict[str, Any] = {}
         self._logged: set[tuple[str, int, str]] = set()
@@ -64,14 +94,14 @@ class RunLog:
         self._writers: list[Callable[[Mapping[str, Any]], None]] = []
         self._closers: list[Callable[[], None]] = []
         for wanted, package, key in (
-            (config.run.tensorboard, "tensorboard", "run.tensorboard=true"),
-            (config.run.wandb, "wandb", f"run.wandb={config.run.wandb}"),
+            (run.tensorboard, "tensorboard", "run.tensorboard=true"),
+            (run.wandb, "wandb", f"run.wandb={run.wandb}"),
         ):
             if wanted and importlib.util.find_spec(package) is None:
-                raise UserError(f"{key} needs the package {package}; pip install 'hdscale[{package}]', or leave it out")
+                raise UserError(f"{key} needs the package {package}: pip install {package}, or leave it out")
         if self._active:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._files["train.log"] = (self._folder / "train.log").open("a", encoding="utf-8")
+            self._files[LOG] = (self._folder / LOG).open("a", encoding="utf-8")
 
     def __enter__(self) -> RunLog:
         return self
@@ -80,13 +110,13 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._write("train.log", stamped(f"{kind.__name__ if kind else ''}: {error}"))
+            self._write(LOG, stamped(f"{kind.__name__ if kind else ''}: {error}"))
         self.close()
 
     def info(self, text: str) -> None:
         """A line for the console and train.log."""
         if self._active:
-            self._write("train.log", stamped(text))
+            self._write(LOG, stamped(text))
             self._say(text)
 
     def warning(self, text: str) -> None:
@@ -98,11 +128,11 @@ class RunLog:
         if not self._active:
             return
         self._max_steps = max_steps
-        self._logged = cut_back(self._folder / "metrics.jsonl", step)
-        self._files["metrics.jsonl"] = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
-        if self._config.run.tensorboard:
+        self._logged = cut_back(self._folder / METRICS, step)
+        self._files[METRICS] = (self._folder / METRICS).open("a", encoding="utf-8")
+        if self._run.tensorboard:
             self._open_tensorboard(step)
-        if self._config.run.wandb:
+        if self._run.wandb:
             self._open_wandb()
         if self._console.is_terminal:
             self._bars = Progress(
@@ -138,7 +168,7 @@ class RunLog:
         if self._window is None:
             # the first step of a session is warm-up: rates are measured from its end
             self._window = (result.step, seconds, samples, tokens, waited)
-        due = result.step % self._config.train.log_every == 0 or result.step in (1, self._max_steps)
+        due = result.step % self._log_every == 0 or result.step in (1, self._max_steps)
         if not due and self._bars is None:
             return
         since_step, since_seconds, since_samples, since_tokens, since_waited = self._window
@@ -147,7 +177,7 @@ class RunLog:
             "samples_per_second": (samples - since_samples) / elapsed if elapsed > 0 else None,
             "tokens_per_second": (tokens - since_tokens) / elapsed if elapsed > 0 else None,
         }
-        memory = memory_gb(self._ranks.device)
+        memory = self._memory()
         news = f"loss {result.loss:.4f}"
         if rates["samples_per_second"] is not None:
             news += f"  {rates['samples_per_second']:.1f} samples/s  {rates['tokens_per_second']:.0f} tokens/s"
@@ -172,7 +202,7 @@ class RunLog:
         }
         self._metrics(line, "")
         text = f"step {result.step}/{self._max_steps}  {news}"
-        self._write("train.log", stamped(text))
+        self._write(LOG, stamped(text))
         if self._bars is None:
             self._say(text)
         self._window = (result.step, seconds, samples, tokens, waited)
@@ -237,7 +267,7 @@ class RunLog:
             # done again after a resume (a final test, say): the same numbers, already there
             return
         self._logged.add(key)
-        self._write("metrics.jsonl", json.dumps(line))
+        self._write(METRICS, json.dumps(line))
         for writer in self._writers:
             writer(line)
 
@@ -277,13 +307,13 @@ class RunLog:
         import wandb
 
         run = wandb.init(
-            project=self._config.run.wandb,
-            name=self._config.run.name,
+            project=self._run.wandb,
+            name=self._run.name,
             # the same run after a resume
             id=wandb_id(self._folder),
             resume="allow",
             dir=str(self._folder),
-            config=flatten(dataclasses.asdict(self._config)),
+            config=flatten(dict(self._config)),
         )
 
         def write(line: Mapping[str, Any]) -> None:
@@ -308,7 +338,7 @@ def numbers(line: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def cut_back(path: Path, step: int) -> set[tuple[str, int, str]]:
-    """Remove what lies after `step` from metrics.jsonl, and a torn last line; {(kind, step, split)} of what stays."""
+    """Remove from metrics.jsonl what comes after `step`, and an incomplete last line; {(kind, step, split)} of the rest."""
     if not path.exists():
         return set()
     kept, keys = [], set()
@@ -321,17 +351,8 @@ def cut_back(path: Path, step: int) -> set[tuple[str, int, str]]:
         if key[1] <= step and key not in keys:
             kept.append(text)
             keys.add(key)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(f"{text}\n" for text in kept))
     return keys
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory allocated on the GPU, or this process's resident memory on the CPU, in GB (10^9 bytes)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return psutil.Process().memory_info().rss / 1e9
 
 
 def duration(seconds: float) -> str:

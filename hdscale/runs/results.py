@@ -1,94 +1,111 @@
-"""The results of a run: `results.json`, with where they come from, and the table at the end."""
+"""`results.json`: what it holds is put together in `hdscale.evaluation.summary`; here it is written, read and printed."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from hdscale.config import Config, to_dict
-from hdscale.data.sources import load_examples, load_split
-from hdscale.data.tasks import Task
-from hdscale.runs.provenance import provenance
-from hdscale.evaluation.averages import averages, majority_baseline
+from hdscale.errors import UserError
+from hdscale.runs.folder import CLASSIFIER, RESULTS
+from hdscale.runs.scores import task_score
 
 
-def final_results(
-    config: Config,
-    ranks: Any,
-    model: Any,
-    tasks: list[Task],
-    final: dict[str, dict[str, float]],
-    notes: dict[str, dict[str, Any]],
-    progress: Any,
-    steps: int,
-    path: Path,
-) -> dict[str, Any]:
-    """Put the results together and write them, whole or not at all.
+@dataclass(frozen=True)
+class RunResult:
+    """What `results.json` says of a run.
 
-    Args:
-        final: {task: {metric: value x100}} of the test splits.
-        notes: {task: what a reader must know beside the metrics: rows, unreadable predictions, the sentence splitter}.
-        progress: what the run remembers (best scores, validation metrics, time).
-        steps: optimizer steps done.
-        path: `results.json`.
+    Attributes:
+        folder: of the run. name: its name. seed: its seed.
+        tasks: {task: {metric: score x100}} of the test splits. averages: {"average": ..., and others that apply}.
+        percent: share of trainable parameters. config: the resolved configuration.
     """
-    trainable = sum(parameter_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    base = sum(parameter_size(parameter) for parameter in model.base.parameters())
-    results = {
-        "name": config.run.name,
-        "tasks": final,
-        **average_of(tasks, final),
-        "baseline": (baseline := majority_baselines(config, tasks)),
-        "baseline_average": average_of(tasks, baseline)["average"],
-        "notes": notes,
-        "validation": progress.validation,
-        "best": progress.best,
-        "steps": steps,
-        "seconds": round(progress.seconds, 3),
-        "samples": progress.samples,
-        "tokens": progress.tokens,
-        "trainable": trainable,
-        "base_parameters": base,
-        "trainable_percent": 100.0 * trainable / base,
-        "provenance": provenance(ranks, config),
-        "config": to_dict(config),
-    }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2))
-    temporary.replace(path)
-    return results
+
+    folder: Path
+    name: str
+    seed: int
+    tasks: Mapping[str, Mapping[str, float]]
+    averages: Mapping[str, float]
+    percent: float
+    config: Mapping[str, Any]
 
 
-def average_of(tasks: list[Task], metrics: dict[str, dict[str, float]]) -> dict[str, float | None]:
-    """All averages over the tasks that were evaluated; `average` is None where none was."""
-    evaluated = [task for task in tasks if task.name in metrics]
-    return averages(evaluated, metrics) if evaluated else {"average": None}
+AVERAGES = (
+    "average", "summarisation", "nli", "overall", "in_domain_f1", "in_domain_em", "out_of_domain_f1", "out_of_domain_em"
+)  # fmt: skip
 
 
-def parameter_size(parameter: Any) -> int:
-    """Elements of a parameter; ZeRO-3 leaves an empty one behind and keeps the number beside it."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+def read_run(folder: str | Path) -> RunResult:
+    """The result of one run.
+
+    Raises:
+        UserError: for a folder without a whole `results.json`.
+    """
+    folder = Path(folder)
+    path = folder / RESULTS if folder.is_dir() else folder
+    if not path.is_file():
+        raise UserError(f"{folder}: no results.json; give the folder of a finished run (runs/NAME)")
+    try:
+        tree = json.loads(path.read_text())
+        return RunResult(
+            path.parent,
+            tree["name"],
+            int(tree["config"]["run"]["seed"]),
+            tree["tasks"],
+            {key: tree[key] for key in AVERAGES if key in tree} | classifier_averages(path.parent),
+            float(tree["trainable_percent"]),
+            tree["config"],
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not the results of a run ({error!r})") from error
 
 
-def majority_baselines(config: Config, tasks: list[Task]) -> dict[str, dict[str, float]]:
-    """{task: metrics} of always answering the most frequent training target, for tasks with labels or numbers."""
-    found = {}
-    for task in tasks:
-        if task.kind in ("label", "number") and task.trains:
-            split = "test" if "test" in task.splits else "validation"
-            targets = [example.target for example in load_split(task, "train", config.data)]
-            examples = load_examples(task, split, config.data)
-            limit = config.eval.test_limit
-            found[task.name] = majority_baseline(task, targets, examples[:limit] if limit else examples)
-    return found
+def classifier_averages(folder: Path) -> dict[str, float]:
+    """What `hdscale classify` found for the run (Table 7), if it was asked."""
+    path = folder / CLASSIFIER
+    written = json.loads(path.read_text()) if path.is_file() else {}
+    return {key: written[key] for key in ("encoder_decoder", "encoder_only") if written.get(key) is not None}
+
+
+def find_runs(folders: Iterable[str | Path]) -> list[RunResult]:
+    """The finished runs in and below some folders, by path.
+
+    Raises:
+        UserError: where there are none.
+    """
+    paths: list[Path] = []
+    for folder in map(Path, folders):
+        if not folder.exists():
+            raise UserError(f"{folder}: no such folder of runs")
+        paths += sorted(folder.rglob(RESULTS))
+    if not paths:
+        raise UserError(f"no results.json below {', '.join(map(str, folders))}; train the runs first")
+    return [read_run(path) for path in dict.fromkeys(paths)]
+
+
+def task_average(run: RunResult, without: Iterable[str] = ()) -> float:
+    """The mean over a run's tasks of their `task_score`, without some tasks.
+
+    Raises:
+        UserError: for a task that the run does not have, or if none is left.
+    """
+    without = set(without)
+    if unknown := without - set(run.tasks):
+        raise UserError(f"{run.folder}: no task '{sorted(unknown)[0]}' among {', '.join(run.tasks)}")
+    scores = [task_score(metrics) for task, metrics in run.tasks.items() if task not in without]
+    if not scores:
+        raise UserError(f"{run.folder}: no task is left to average")
+    return fmean(scores)
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """The table of scores: one row a task, the majority-class baseline beside each."""
+    """The table of scores: one row per metric, with the majority-class baseline beside it."""
     table = Table(title=f"{results['name']}: {results['steps']:,} steps, {results['trainable_percent']:.2f}% trainable")
     table.add_column("task")
     table.add_column("metric")

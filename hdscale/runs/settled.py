@@ -1,4 +1,4 @@
-"""What a run's first session found out and every later one keeps: sizes and implementations that change a sum's bits."""
+"""Values that a run chooses once and then keeps: sizes and implementations that change the last bits of a sum."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from hdscale.errors import UserError
+from hdscale.files import write_json
 from hdscale.runs.ranks import RankGroup
 
 
 class Settled:
-    """`settled.json` of a run's folder.
+    """A JSON file of values that were chosen automatically (`settled.json` of a run, batch sizes of an evaluation).
 
-    A resumed run is the same run only if what was chosen automatically is chosen once.
+    A resumed run gives the same results only if it does not choose again.
 
     Args:
         path: the file. ranks: every rank reads what rank 0 does.
 
     Attributes:
-        values: what is kept.
+        values: what was chosen so far.
 
     Raises:
         UserError: if the file cannot be read.
@@ -31,9 +32,9 @@ class Settled:
         self.values: dict[str, Any] = ranks.on_main(read, path)
 
     def once(self, key: str, find: Callable[[], Any]) -> Any:
-        """The value kept under `key`; at the first time what `find` returns. Collective.
+        """The value of `key`; the first time it is what `find` returns, and is then kept. Collective.
 
-        `find` is called on every rank; rank 0's result is everybody's.
+        `find` is called on every rank; rank 0's result counts on every rank.
         """
         if key not in self.values:
             self.values[key] = self._ranks.broadcast_object(find())
@@ -41,9 +42,7 @@ class Settled:
         return self.values[key]
 
     def _write(self) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.values, indent=1) + "\n")
-        temporary.replace(self._path)
+        write_json(self._path, self.values, indent=1)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove it to have its values found again") from error
+        raise UserError(f"{path} cannot be read ({error}); remove it, and its values are chosen again") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object; remove it to have its values found again")
+        raise UserError(f"{path} must hold a JSON object; remove it, and its values are chosen again")
     return values

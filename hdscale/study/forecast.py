@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from hdscale.config import Config
+from hdscale.config import Config, config_from_dict
 from hdscale.study import compute
 from hdscale.study.hardware import match_device
 from hdscale.study.memory_model import Sharding, step_memory
@@ -75,15 +74,9 @@ def mean_row_flops(key: Any, config: Config, mean: float) -> float:
     return compute.row_flops(base, work, config.method.hypernet.bottleneck if work.generated else 0).training
 
 
-@functools.cache
-def structured() -> Any:
-    """The empty configuration."""
-    return OmegaConf.structured(Config)
-
-
 def to_config(flat: dict[str, Any]) -> Config:
     """A configuration of dotted keys."""
     node = OmegaConf.create({})
     for key, value in flat.items():
         OmegaConf.update(node, key, value, force_add=True)
-    return OmegaConf.to_object(OmegaConf.merge(structured(), node))
+    return config_from_dict(node, "the run's configuration")

@@ -9,8 +9,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hdscale.config import Config, load_config, model_config
+from hdscale.config import Config, load_config
 from hdscale.errors import EXIT_DONE, UserError
+from hdscale.resolve import resolve_model
 from hdscale.study import compute
 from hdscale.study.compute import Communication, Flops
 from hdscale.study.hardware import DEVICES, Device, find_device
@@ -109,7 +110,7 @@ def counted(config: Config) -> tuple[Any, dict[str, tuple[str, int]], int]:
     from hdscale.commands.params import count_parameters
     from hdscale.modeling.model import build_model
 
-    model = build_model(model_config(config), dtype=torch.float32, device="meta")
+    model = build_model(resolve_model(config), dtype=torch.float32, device="meta")
     count = count_parameters(model)
     method = model.config.method
     sides = {}

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hdscale.config import Config, all_keys, merge, one_line, to_dict, yaml_with_bases
-from hdscale.errors import UserError, nearest
+from hdscale.config import Config, all_keys, merge, to_config, to_dict, yaml_with_bases
+from hdscale.errors import UserError, nearest, one_line
 from hdscale.settings import flatten
 
 KEYS = ("name", "title", "dir", "config", "set", "axes", "exclude", "limits")
@@ -321,11 +321,11 @@ def nested(flat: dict[str, Any]) -> Any:
     return node
 
 
-def to_object(node: Any, path: Path) -> Config:
+def to_object(node: DictConfig, path: Path) -> Config:
     """The configuration of a merged node."""
     try:
-        return OmegaConf.to_object(node)
-    except OmegaConfBaseException as error:
+        return to_config(node)
+    except (OmegaConfBaseException, UserError) as error:
         raise UserError(f"{path}: {one_line(error)}") from error
 
 

@@ -14,8 +14,9 @@ from hdscale.analysis.paper import CONFIGS, PERCENT_TOLERANCE, paper_table, pape
 from hdscale.analysis.tables import run_name
 from hdscale.commands.cli import main
 from hdscale.commands.params import count_for
-from hdscale.config import load_config, model_config, yaml_with_bases
+from hdscale.config import load_config, yaml_with_bases
 from hdscale.errors import UserError
+from hdscale.resolve import resolve_model
 from hdscale.study.spec import load_study
 
 STUDIES = ("table1", "table13", "table14", "table16")
@@ -97,7 +98,7 @@ def test_exact_counts(printed, stem, trainable):
 
 
 def test_rows_without_a_printed_share_are_counted_too():
-    count = count_for(model_config(load_config(CONFIGS / "table4_task_hypernet.yaml")))
+    count = count_for(resolve_model(load_config(CONFIGS / "table4_task_hypernet.yaml")))
     assert count.trainable == 15_844_092
 
 

@@ -20,7 +20,7 @@ from hdscale.analysis.formats import TextTable, escape_latex, render
 from hdscale.commands.cli import main
 from hdscale.config import Config, to_dict
 from hdscale.data.tasks import get_task
-from hdscale.runs.read_results import read_run, task_average
+from hdscale.runs.results import read_run, task_average
 from tests.helpers.places import HUB, T5_TOKENIZER, needs_real_text
 from tests.helpers.tiny import save_tiny_t5
 
@@ -240,8 +240,8 @@ def test_classifiers_learn_what_is_linear_in_the_means():
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory):
     """A run's folder over real text: a tiny model with its export, untrained."""
-    from hdscale.config import model_config
     from hdscale.modeling import build_model
+    from hdscale.resolve import resolve_model
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     base = save_tiny_t5(tmp_path_factory.mktemp("base") / "t5")
@@ -254,7 +254,7 @@ def real_run(tmp_path_factory):
     config.train.dtype = "fp32"
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    build_model(model_config(config)).save_pretrained(folder / "adapter")
+    build_model(resolve_model(config)).save_pretrained(folder / "adapter")
     return folder, config
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from hdscale.bases.compilation import compile_stacks, decompile_stacks
+from hdscale.config import load_config
 from hdscale.data.batches import Row, collate
-from hdscale.engine.compilation import parse_compile, worth
+from hdscale.engine.tuning import compile_cost
 from hdscale.errors import UserError
 from hdscale.modeling import HyperdecoderConfig, build_model
+from hdscale.resolve import resolve
 from tests.helpers.places import HUB, T5_TOKENIZER, needs_real_text
 from tests.helpers.tiny import save_tiny_t5
 from tests.helpers.train_jobs import losses
@@ -85,23 +87,21 @@ def test_a_compiled_run(rank_pool, tmp_path):
     assert "compile" not in json.loads((tmp_path / "plain" / "settled.json").read_text())
 
 
-def test_what_the_compiler_is_worth():
-    assert "pays from step 25 on" in worth(plain=0.5, compiled=0.4, first=10.7, passes=4)
-    assert "does not pay" in worth(plain=0.4, compiled=0.5, first=10.0, passes=4)
+def test_the_log_says_when_compiling_pays_off():
+    assert "pays off from step 25 on" in compile_cost(plain=0.5, compiled=0.4, first=10.7, passes=4)
+    assert "does not pay off" in compile_cost(plain=0.4, compiled=0.5, first=10.0, passes=4)
 
 
-@pytest.mark.parametrize("choice, stage", [("maybe", 2), ("on", 3)])
-def test_what_cannot_be_compiled(choice, stage):
-    with pytest.raises(UserError, match="train.compile"):
-        parse_compile(choice, stage)
+def test_what_cannot_be_compiled(tmp_path):
+    with pytest.raises(UserError, match="train.compile=maybe: must be one of off, on, auto"):
+        load_config(None, ["train.compile=maybe"])
+    zero3 = load_config(None, ["train.compile=on", "deepspeed=ds_configs/zero3_bf16.json"])
+    with pytest.raises(UserError, match="train.compile=on works with ZeRO stages 1 and 2"):
+        resolve(zero3, 1)
 
 
-def test_yaml_reads_on_and_off_as_truth_values():
-    assert [parse_compile(value, 2) for value in ("on", "off", "auto", "True", "False")] == [
-        "on",
-        "off",
-        "auto",
-        "on",
-        "off",
-    ]
-    assert parse_compile("auto", 3) == "auto"
+@pytest.mark.parametrize("written, meant", [("on", "on"), ("off", "off"), ("auto", "auto"), ("true", "on")])
+def test_yaml_reads_on_and_off_as_truth_values(tmp_path, written, meant):
+    (tmp_path / "run.yaml").write_text(f"train: {{compile: {written}}}\n")
+    assert load_config(tmp_path / "run.yaml").train.compile == meant
+    assert load_config(None, [f"train.compile={written}"]).train.compile == meant

@@ -10,8 +10,9 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from hdscale.bases.elementwise import OneStepNorm
 from hdscale.bench.memory import architecture
-from hdscale.config import load_config, model_config
+from hdscale.config import load_config
 from hdscale.modeling import build_model
+from hdscale.resolve import resolve_model
 from hdscale.study.forecast import counted, work_of
 from hdscale.study.memory_model import decoder_activations, encoder_activations
 
@@ -30,7 +31,7 @@ def configured(method: str, *settings: str):
 
 
 def built(config, dtype: torch.dtype = torch.float32):
-    return build_model(model_config(config), dtype, trainable_dtype=dtype).train()
+    return build_model(resolve_model(config), dtype, trainable_dtype=dtype).train()
 
 
 def batch() -> dict[str, torch.Tensor]:

@@ -21,12 +21,13 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.cluster.executors import minutes
 from hdscale.cluster.records import launch_folder, read_launch, read_state
+from hdscale.cluster.settings import minutes_of
 from hdscale.commands.cli import main
-from hdscale.config import load_config, model_config
+from hdscale.config import load_config
 from hdscale.engine.checkpoint import find_fault
 from hdscale.modeling import build_model
+from hdscale.resolve import resolve_model
 from tests.helpers.places import HUB, ROOT, T5_TOKENIZER, needs_real_text
 from tests.helpers.slurm_cluster.cluster import ClusterUnavailable, SlurmCluster, free_ports, wait_until
 from tests.helpers.tiny import save_tiny_t5
@@ -215,7 +216,7 @@ class Cluster:
         pids = [pid for rank in (0, 1) for pid in processes_of(job, rank)]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        elapsed = minutes(self.slurm.field(job, "RunTime"))
+        elapsed = minutes_of(self.slurm.field(job, "RunTime"))
         assert self.slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={elapsed + 1}").returncode == 0
         try:
             wait_until(lambda: all(map(was_signalled, pids)), 120, "no signal before the limit")
@@ -509,7 +510,7 @@ def test_a_script_is_accepted_and_its_configuration_builds(script: str, on_slurm
     config = load_config(ROOT / path, overrides)
     # the hub's checkpoint has the architecture of the built-in size
     config.model.name = re.sub(r"google/t5-(\w+)-lm-adapt", r"t5-v1_1-\1", config.model.name)
-    model = build_model(model_config(config), device="meta")
+    model = build_model(resolve_model(config), device="meta")
     assert 0 < sum(p.numel() for p in model.parameters() if p.requires_grad)
     options = dict(
         line.removeprefix("#SBATCH --").split("=", 1)

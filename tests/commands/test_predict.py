@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from hdscale.commands.cli import main
-from hdscale.config import Config, load_config, model_config, to_dict
+from hdscale.config import Config, load_config, to_dict
 from hdscale.errors import UserError
 from hdscale.evaluation.evaluator import Evaluator
 from hdscale.evaluation.generation import Decoder, Decoding
@@ -22,6 +22,7 @@ from hdscale.evaluation.predictor import Predictor
 from hdscale.evaluation.requests import BadRow, Request, parse, read_requests
 from hdscale.load import Choice
 from hdscale.modeling.model import build_model
+from hdscale.resolve import resolve_model
 from tests.helpers.evaluation_jobs import make_tasks, write_rows
 
 OVERRIDES = [
@@ -60,7 +61,7 @@ def run_folder(tmp_path_factory) -> Path:
     )
     config.data.tasks = ["pairs", "squad"]
     config.run.dir, config.run.name = str(folder.parent), folder.name
-    model = build_model(model_config(config), torch.float32, seed=config.run.seed)
+    model = build_model(resolve_model(config), torch.float32, seed=config.run.seed)
     torch.manual_seed(0)
     with torch.no_grad():
         for name in model.trainable_names():

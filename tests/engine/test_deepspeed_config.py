@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hdscale.engine.deepspeed_config import DEFAULT, read_deepspeed_config, resolve_deepspeed_config
+from hdscale.engine.deepspeed_config import DEFAULT, limit_buckets, read_deepspeed_config, resolve_deepspeed_config
 from hdscale.engine.settings import TrainSettings
 from hdscale.errors import UserError
 from tests.helpers.places import ROOT
@@ -21,7 +21,7 @@ def train(**values: object) -> TrainSettings:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_files_are_accepted(path):
     dtype = path.stem.rpartition("_")[2]
-    config = resolve_deepspeed_config(str(path), train(dtype=dtype), world_size=2, trainable=5001)
+    config = limit_buckets(resolve_deepspeed_config(str(path), train(dtype=dtype), world_size=2), trainable=5001)
     assert config["zero_optimization"]["stage"] == int(path.stem[4])
     assert config["bf16"]["enabled"] == (dtype == "bf16")
     assert ("offload_optimizer" in config["zero_optimization"]) == ("offload" in path.stem)
@@ -82,11 +82,8 @@ def test_contradictions_are_named(tmp_path, change, named):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"global_batch_size": 30}, "cannot be shared out among 4 ranks; use for example 28 or 32"),
+        ({"global_batch_size": 30}, "cannot be divided evenly among 4 ranks; use for example 28 or 32"),
         ({"global_batch_size": 3}, "use for example 4 or 8"),
-        ({"micro_batch_size": 0}, "train.micro_batch_size=0"),
-        ({"dtype": "fp16"}, "train.dtype=fp16"),
-        ({"loss_reduction": "median"}, "train.loss_reduction=median"),
     ],
 )
 def test_impossible_settings(settings, said):

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hdscale.data.batches import Row as TextRow
 from hdscale.data.batches import collate
 from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
-from hdscale.engine.deepspeed_engine import Engine, NonFiniteError, build_engine
+from hdscale.engine.deepspeed_engine import Engine, NonFiniteError
 from hdscale.engine.preemption import Preemption
 from hdscale.engine.ranks import Ranks
 from hdscale.errors import UserError
 from hdscale.runs.settled import Settled
-from tests.helpers.toy import BATCH, Row, ToyModel, micro_batches, settings
+from tests.helpers.toy import BATCH, Row, ToyModel, micro_batches, settings, toy_engine
 
 
 class Recorder:
@@ -70,7 +70,7 @@ def train(ranks: Ranks, variants: list[dict[str, Any]], steps: int, micro: int =
     results = []
     for variant in variants:
         dropout = variant.pop("dropout", 0.1)
-        engine = build_engine(ToyModel(dropout), settings(**variant), ranks)
+        engine = toy_engine(ToyModel(dropout), settings(**variant), ranks)
         done = [
             engine.train_step(micro_batches(step, ranks.rank, ranks.world_size, micro)).result()
             for step in range(steps)
@@ -89,7 +89,7 @@ def train(ranks: Ranks, variants: list[dict[str, Any]], steps: int, micro: int =
 
 def gradient(ranks: Ranks, micro: int, **config: Any) -> dict[str, torch.Tensor]:
     """The gradient that AdamW was given for the batch of step 0: its first moment is a tenth of it."""
-    engine = build_engine(ToyModel(dropout=0.0), settings(warmup_steps=0, gradient_clipping=0.0, **config), ranks)
+    engine = toy_engine(ToyModel(dropout=0.0), settings(warmup_steps=0, gradient_clipping=0.0, **config), ranks)
     engine.train_step(micro_batches(0, ranks.rank, ranks.world_size, micro))
     moments = dict(engine.optimizer_tensors())
     return {name: moments[f"exp_avg.{name}"] * 10 for name in engine.parameters}
@@ -106,7 +106,7 @@ def resume(
     """
     fault = "kill" if ranks.rank == ranks.world_size - 1 else None
     model = FaultyModel(fault, kill_in)
-    engine = build_engine(model, settings(**config), ranks)
+    engine = toy_engine(model, settings(**config), ranks)
     log = Recorder()
     state = load_newest_checkpoint(engine, folder, log)
     loaded = dict(engine.trainable_tensors()), dict(engine.optimizer_tensors()), working_weights(engine)
@@ -134,7 +134,7 @@ def resume(
 def non_finite(ranks: Ranks, fault: str, folder: str, **config: Any) -> dict[str, Any]:
     """A NaN in step 2 of the last rank: the error, and what is left."""
     model = FaultyModel(fault if ranks.rank == ranks.world_size - 1 else None, at_step=2)
-    engine = build_engine(model, settings(**config), ranks)
+    engine = toy_engine(model, settings(**config), ranks)
     message = None
     for step in range(4):
         model.begin(step)
@@ -154,7 +154,7 @@ def non_finite(ranks: Ranks, fault: str, folder: str, **config: Any) -> dict[str
 
 def save_poisoned(ranks: Ranks, folder: str) -> str:
     """A master that is not finite is not saved: a checkpoint at step 0, then an attempt at step 1."""
-    engine = build_engine(ToyModel(), settings(), ranks)
+    engine = toy_engine(ToyModel(), settings(), ranks)
     save_checkpoint(engine, folder, {})
     engine.train_step(micro_batches(0, ranks.rank, ranks.world_size, BATCH))
     tensors = dict(engine.trainable_tensors())
@@ -169,7 +169,7 @@ def save_poisoned(ranks: Ranks, folder: str) -> str:
 
 def save_on_full_disk(ranks: Ranks, folder: str, shard_bytes: int) -> dict[str, Any]:
     """Two checkpoints, and a third when files may not grow beyond some bytes any more."""
-    engine = build_engine(ToyModel(), settings(), ranks)
+    engine = toy_engine(ToyModel(), settings(), ranks)
     for step in range(2):
         engine.train_step(micro_batches(step, ranks.rank, ranks.world_size, BATCH))
         save_checkpoint(engine, folder, {}, shard_bytes=shard_bytes)
@@ -194,7 +194,7 @@ def load_other_model(ranks: Ranks, folder: str) -> str:
     model = ToyModel()
     model.up.bias.requires_grad_(False)
     model.shared = torch.nn.Parameter(torch.zeros(7, 7, 1))
-    engine = build_engine(ToyModel(), settings(), ranks)
+    engine = toy_engine(ToyModel(), settings(), ranks)
     engine.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     try:
         load_newest_checkpoint(engine, folder, Recorder())
@@ -205,7 +205,7 @@ def load_other_model(ranks: Ranks, folder: str) -> str:
 
 def evaluate_unevenly(ranks: Ranks, **config: Any) -> dict[str, Any]:
     """Ranks run different numbers of forward passes between two training steps."""
-    engine = build_engine(ToyModel(), settings(**config), ranks)
+    engine = toy_engine(ToyModel(), settings(**config), ranks)
     engine.train_step(micro_batches(0, ranks.rank, ranks.world_size, 2))
     losses = []
     with engine.evaluating() as model:
@@ -241,7 +241,7 @@ def collectives(ranks: Ranks) -> dict[str, Any]:
 
 def signalled(ranks: Ranks, folder: str) -> dict[str, Any]:
     """One rank gets two signals, the second while it saves; all ranks stop at the same step with one checkpoint."""
-    engine = build_engine(ToyModel(), settings(), ranks)
+    engine = toy_engine(ToyModel(), settings(), ranks)
     last = ranks.rank == ranks.world_size - 1
     with Preemption(ranks, ["SIGTERM", "SIGUSR2"]) as preemption:
         for step in range(6):
@@ -294,7 +294,7 @@ def adapted_model(
             run = settings(warmup_steps=0, learning_rate=1e-2, **variant)
             dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
             model = build_model(config, dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
-            engine = build_engine(model, run, ranks)
+            engine = toy_engine(model, run, ranks)
             place = Path(folder) / f"{len(results)}"
             done = [engine.train_step(text_batches(step, ranks)).result() for step in range(3)]
             save_checkpoint(engine, place, {})
@@ -340,7 +340,7 @@ def adapted_gradients(
         run = settings(warmup_steps=0, gradient_clipping=0.0, **variant)
         dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
         model = build_model(config, dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
-        engine = build_engine(model, run, ranks)
+        engine = toy_engine(model, run, ranks)
         loss = engine.train_step(text_batches(0, ranks)).result().loss
         moments = dict(engine.optimizer_tensors())
         gradients = {name: moments[f"exp_avg.{name}"] * 10 for name in engine.parameters}
@@ -411,7 +411,7 @@ def waits_of_a_step(ranks: Ranks, base: str, **config: Any) -> dict[str, list[st
         {"model": {"name": base}, "method": {"name": "hyperdecoder", **sizes}, "tasks": []}
     )
     model = build_model(model_config, torch.bfloat16, ranks.device, trainable_dtype=torch.float32)
-    engine = build_engine(model, settings(**config), ranks)
+    engine = toy_engine(model, settings(**config), ranks)
     for step in range(2):
         batches = [
             collate([TextRow([5, 6, 7, 1], [8, 1], 0, "a", "t"), TextRow([5, 6, 1], [8, 9, 1], 0, "b", "t")], 0)

@@ -11,12 +11,11 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint  # noqa: E402
-from hdscale.engine.deepspeed_engine import build_engine  # noqa: E402
 from hdscale.engine.preemption import Preemption  # noqa: E402
 from hdscale.engine.ranks import Ranks  # noqa: E402
 from hdscale.errors import EXIT_PREEMPTED  # noqa: E402
 from hdscale.runs.log import RunLog  # noqa: E402
-from tests.helpers.toy import BATCH, ToyModel, micro_batches, settings  # noqa: E402
+from tests.helpers.toy import BATCH, ToyModel, micro_batches, settings, toy_engine  # noqa: E402
 
 
 def main() -> int:
@@ -26,9 +25,12 @@ def main() -> int:
     folder = Path(parser.parse_args().folder)
     ranks = Ranks.start()
     config = settings(max_steps=100_000)
-    with RunLog(folder, config, ranks) as log, Preemption(ranks) as preemption:
+    with (
+        RunLog(folder, config.run, config.train.log_every, active=ranks.is_main, memory=ranks.memory_gb) as log,
+        Preemption(ranks) as preemption,
+    ):
         (folder / f"rank{ranks.rank}.pid").write_text(str(os.getpid()))
-        engine = build_engine(ToyModel(), config, ranks)
+        engine = toy_engine(ToyModel(), config, ranks)
         load_newest_checkpoint(engine, folder, log)
         log.start(engine.step, config.train.max_steps)
         while not preemption.agreed():

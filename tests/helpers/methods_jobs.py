@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
-from hdscale.engine.deepspeed_engine import Engine, build_engine
+from hdscale.engine.deepspeed_engine import Engine
 from hdscale.engine.ranks import Ranks
 from hdscale.modeling import HyperdecoderConfig, build_model
 from tests.helpers.engine_jobs import Recorder
-from tests.helpers.toy import settings
+from tests.helpers.toy import settings, toy_engine
 
 
 def built(config: dict[str, Any], ranks: Ranks) -> Engine:
     model = build_model(HyperdecoderConfig.from_dict(config), seed=7)
-    return build_engine(model, settings(learning_rate=0.01, warmup_steps=1, global_batch_size=4), ranks)
+    return toy_engine(model, settings(learning_rate=0.01, warmup_steps=1, global_batch_size=4), ranks)
 
 
 def steps(engine: Engine, batches: list[dict[str, torch.Tensor]], until: int) -> list[float]:

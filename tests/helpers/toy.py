@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from hdscale.engine.deepspeed_config import resolve_deepspeed_config
+from hdscale.engine.deepspeed_engine import Engine, build_engine
+from hdscale.engine.ranks import Ranks
 from hdscale.engine.settings import TrainSettings
 from hdscale.runs.settings import RunSettings
 
@@ -72,3 +75,9 @@ def micro_batches(step: int, rank: int, world_size: int, size: int) -> list[dict
     share = BATCH // world_size
     rows = {name: tensor[rank * share : (rank + 1) * share] for name, tensor in global_batch(step).items()}
     return [{name: tensor[at : at + size] for name, tensor in rows.items()} for at in range(0, share, size)]
+
+
+def toy_engine(model: nn.Module, config: SimpleNamespace, ranks: Ranks) -> Engine:
+    """The model under DeepSpeed with `settings(...)`."""
+    deepspeed = resolve_deepspeed_config(config.deepspeed, config.train, ranks.world_size)
+    return build_engine(model, config.train, deepspeed, ranks, config.run.seed)

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from hdscale.runs.log import StepResult
-from hdscale.engine.settings import TrainSettings
-from hdscale.runs.settings import RunSettings
 from hdscale.errors import UserError
 from hdscale.runs import log as progress
-from hdscale.runs.log import RunLog, cut_back, duration
-from hdscale.runs.provenance import git_commit, provenance
-
-MAIN = SimpleNamespace(is_main=True, device=torch.device("cpu"), world_size=1, threads=1, launcher="none")
-OTHER = SimpleNamespace(**{**vars(MAIN), "is_main": False})
+from hdscale.runs.log import RunLog, StepResult, cut_back, duration
+from hdscale.runs.provenance import Computation, git_commit, provenance
+from hdscale.runs.settings import RunSettings
 
 
-@dataclasses.dataclass
-class Config:
-    train: TrainSettings
-    run: RunSettings
+def open_log(folder: Path, main: bool = True, **run: Any) -> RunLog:
+    return RunLog(folder, RunSettings(**run), 2, active=main, memory=lambda: 1.5)
 
 
-def config(**run: object) -> Config:
-    return Config(TrainSettings(log_every=2), RunSettings(**run))
-
-
-def log_steps(folder, first, last, start=None, ranks=MAIN):
-    with RunLog(folder, config(), ranks) as log:
+def log_steps(folder, first, last, start=None, main=True):
+    with open_log(folder, main) as log:
         log.start(first - 1 if start is None else start, 8)
         for step in range(first, last + 1):
             result = StepResult(step, 1.0 / step, 10, 0.5, 0.1)
@@ -76,7 +65,7 @@ def test_resume_cuts_back_and_goes_on(tmp_path):
 
 def test_an_evaluation_that_is_done_again_is_not_written_twice(tmp_path):
     log_steps(tmp_path, 1, 4)
-    with RunLog(tmp_path, config(), MAIN) as log:
+    with open_log(tmp_path) as log:
         log.start(4, 8)
         log.evaluation(4, "validation", {}, {"average": 4.0})
         log.evaluation(4, "test", {}, {"average": 5.0})
@@ -92,12 +81,12 @@ def test_lines_that_are_not_metrics_are_dropped(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    assert log_steps(tmp_path, 1, 4, ranks=OTHER) == []
+    assert log_steps(tmp_path, 1, 4, main=False) == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_is_in_the_log(tmp_path):
-    with pytest.raises(UserError), RunLog(tmp_path, config(), MAIN) as log:
+    with pytest.raises(UserError), open_log(tmp_path) as log:
         log.warning("one")
         raise UserError("the disk is full")
     text = (tmp_path / "train.log").read_text()
@@ -112,7 +101,7 @@ def test_a_full_disk_does_not_stop_one_rank_alone(tmp_path, capsys):
         def close(self):
             pass
 
-    with RunLog(tmp_path, config(), MAIN) as log:
+    with open_log(tmp_path) as log:
         log.start(0, 8)
         log._files["metrics.jsonl"] = Broken()
         log.step(StepResult(1, 1.0, 10, 0.5, 0.1), samples=1, tokens=1, seconds=1.0)
@@ -124,10 +113,8 @@ def test_a_full_disk_does_not_stop_one_rank_alone(tmp_path, capsys):
 def test_a_lost_console_does_not_stop_a_run(tmp_path):
     """The pipe that stdout goes to is closed before the first line."""
     script = (
-        "import sys; from types import SimpleNamespace as S; import torch; from hdscale.runs.log import RunLog\n"
-        "ranks = S(is_main=True, device=torch.device('cpu'))\n"
-        "config = S(run=S(tensorboard=False, wandb=None), train=S(log_every=1))\n"
-        "log = RunLog(sys.argv[1], config, ranks)\n"
+        "import sys; from hdscale.runs.log import RunLog; from hdscale.runs.settings import RunSettings\n"
+        "log = RunLog(sys.argv[1], RunSettings(), 1, active=True, memory=float)\n"
         "sys.stdin.readline()\n"
         "[log.info('x' * 5000) for _ in range(50)]\n"
         "log.info('still here'); log.close()\n"
@@ -144,14 +131,14 @@ def test_a_lost_console_does_not_stop_a_run(tmp_path):
 @pytest.mark.parametrize("run", [{"tensorboard": True}, {"wandb": "project"}])
 def test_missing_loggers_are_named(tmp_path, monkeypatch, run):
     monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
-    for ranks in (MAIN, OTHER):
-        with pytest.raises(UserError, match=r"pip install 'hdscale\["):
-            RunLog(tmp_path, config(**run), ranks)
+    for main in (True, False):
+        with pytest.raises(UserError, match="pip install (tensorboard|wandb)"):
+            open_log(tmp_path, main, **run)
 
 
 def test_tensorboard_events(tmp_path):
     pytest.importorskip("tensorboard")
-    with RunLog(tmp_path, config(tensorboard=True), MAIN) as log:
+    with open_log(tmp_path, tensorboard=True) as log:
         log.start(0, 8)
         log.step(StepResult(1, 2.5, 10, 0.5, 0.1), samples=1, tokens=1, seconds=1.0)
         log.evaluation(1, "validation", {"cola": {"matthews": 3.0}}, {"average": 4.0})
@@ -168,8 +155,8 @@ def test_duration():
 
 
 def test_provenance(tmp_path):
-    run = Config(TrainSettings(), RunSettings(seed=5))
-    found = json.loads(json.dumps(provenance(MAIN, run)))
+    computation = Computation("a processor", "none", 1, 1)
+    found = json.loads(json.dumps(provenance(computation, 5, "bf16")))
     assert found["seed"] == 5 and found["versions"]["torch"] == torch.__version__ and found["device"]
     assert git_commit(tmp_path) is None
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from hdscale.engine.token_budget import parse_token_budget
 from hdscale.errors import UserError
 from hdscale.runs.settled import Settled
 
@@ -32,16 +31,3 @@ class Alone:
 
     def on_main(self, function, *args):
         return function(*args)
-
-
-@pytest.mark.parametrize(
-    "value, stage, found", [(None, 2, None), ("4096", 3, 4096), ("auto", 2, "auto"), ("auto", 1, "auto")]
-)
-def test_token_budgets(value, stage, found):
-    assert parse_token_budget(value, stage) == found
-
-
-@pytest.mark.parametrize("value, stage", [("auto", 3), ("0", 2), ("-5", 2), ("1.5", 2), ("many", 2)])
-def test_wrong_token_budgets(value, stage):
-    with pytest.raises(UserError, match="train.tokens_per_micro_batch"):
-        parse_token_budget(value, stage)

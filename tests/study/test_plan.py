@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from hdscale.commands.cli import main
-from hdscale.config import load_config, model_config
+from hdscale.config import load_config
 from hdscale.errors import UserError
+from hdscale.resolve import resolve_model
 from hdscale.study import compute
 from hdscale.study.hardware import DEVICES, find_device, match_device
 from hdscale.study.memory_model import Sharding, step_memory
@@ -71,7 +72,7 @@ def test_operations_are_those_that_pytorch_counts(settings):
         ],
     )  # fmt: skip
     rows = 4
-    model = build_model(model_config(config))
+    model = build_model(resolve_model(config))
     model.train()
     ids = torch.randint(3, 2000, (rows, 40))
     labels = torch.randint(3, 2000, (rows, 12))

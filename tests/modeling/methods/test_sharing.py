@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from hdscale.commands.params import count_for
-from hdscale.config import load_config, model_config
+from hdscale.config import load_config
 from hdscale.data.mixture import Mixture
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks import expand_tasks
+from hdscale.resolve import resolve_model
 from tests.helpers.places import ROOT
 
 METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
@@ -54,7 +55,7 @@ def test_without_the_task_prefix():
 @pytest.mark.parametrize("path", METHODS, ids=[path.stem for path in METHODS])
 def test_configurations_of_single_methods(path):
     config = load_config(path)
-    count = count_for(model_config(config))
+    count = count_for(resolve_model(config))
     assert count.trainable > 0
     if path.stem == "lora":
         assert abs(count.percent - 2.9) <= 0.05

@@ -1,4 +1,6 @@
-"""What the README tells people to type: every command is parsed by the real parser, the quick start is run."""
+"""What the README tells people to type: every command is parsed by the real parser; the quick start, the YAML and the
+Python example are run.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,23 @@ from pathlib import Path
 import pytest
 
 from hdscale.commands import cli
+from hdscale.config import load_config
+from hdscale.data.sources import check_splits
+from hdscale.data.tasks import expand_tasks
 from tests.helpers.places import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    """The page's code blocks in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
 def commands(page: Path) -> list[str]:
     """Lines of the page's bash blocks, without comments, variables set before the command, and our own dots."""
     found = []
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+    for block in blocks(page, "bash"):
         for line in re.split(r"\n|\|", block):
             words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -54,6 +64,25 @@ def test_command_is_one_that_exists(page: str, command: str, monkeypatch: pytest
         assert words[1:3] == ["hdscale/train.py", "--config"] or "hdscale/train.py" in words
     else:
         assert words[0] in ("sbatch", "bash", "srun", "pip", "python", "git", "cat"), command
+
+
+def test_own_task_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The YAML of "Train on your own data" is a whole configuration, and its files, columns and splits exist."""
+    (yaml,) = blocks(ROOT / "README.md", "yaml")
+    path = tmp_path / "reviews.yaml"
+    path.write_text(yaml)
+    config = load_config(path)
+    monkeypatch.chdir(ROOT)
+    (task,) = expand_tasks(config.data.tasks, config.data)
+    assert set(task.splits) == {"train", "validation", "test"}
+    check_splits([task], config.data)
+
+
+def test_python_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = blocks(ROOT / "README.md", "python")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {"__name__": "example"})
+    assert (tmp_path / "my_adapter" / "hdscale_config.json").exists()
 
 
 @pytest.mark.slow

@@ -14,10 +14,9 @@ from torch.nn import functional as F
 from hdscale.config import Config, load_config
 from hdscale.data.tokenize import load_tokenizer
 from hdscale.errors import UserError
+from hdscale.modeling.config import CONFIG_FILE
+from hdscale.ops.precision import DTYPES
 from hdscale.resolve import resolve_model
-
-ADAPTER_CONFIG = "hdscale_config.json"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclasses.dataclass
@@ -75,7 +74,7 @@ class Choice:
         if self.run is not None:
             return "run"
         name = str(self.model)
-        if (Path(name) / ADAPTER_CONFIG).is_file():
+        if (Path(name) / CONFIG_FILE).is_file():
             return "export"
         from transformers import AutoConfig
 
@@ -116,7 +115,6 @@ class Choice:
         seed).
         """
         from hdscale.bases.base import tokenizer_name
-        from hdscale.modeling.export import load_trainables
         from hdscale.modeling.model import build_model
 
         tokenizer = load_tokenizer(self.tokenizer or tokenizer_name(config.model), config.model.revision)
@@ -124,13 +122,13 @@ class Choice:
         described.model.init_adapter = None
         model = build_model(described, dtype, device, seed=config.run.seed)
         folder = Path(str(self.run)) / "adapter"
-        load_trainables(model, folder)
+        model.load_trainables(folder)
         return Loaded(model.eval(), tokenizer, ids_of(described.tasks), version_of(folder))
 
     def _load_export(self, dtype: torch.dtype, device: torch.device) -> Loaded:
         """Exported trainables on the base that they name."""
         from hdscale.bases.base import tokenizer_name
-        from hdscale.modeling.export import from_pretrained
+        from hdscale.modeling.model import from_pretrained
 
         folder = Path(str(self.model))
         model = from_pretrained(folder, dtype, device).eval()

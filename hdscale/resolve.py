@@ -13,7 +13,7 @@ from hdscale.errors import UserError
 from hdscale.evaluation.averages import check_select
 from hdscale.evaluation.metrics import check_metrics
 from hdscale.modeling.config import HyperdecoderConfig
-from hdscale.modeling.methods import method_class
+from hdscale.modeling.methods import check_method
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def resolve(config: Config, world_size: int) -> Resolved:
         check_metrics(task)
     check_select(config.eval.select, tasks.trained or tasks.all)
     model = HyperdecoderConfig(config.model, config.method, [task.name for task in tasks.trained])
-    method_class(model.method).check(model)
+    check_method(model)
     base_config(model.model)
     deepspeed = resolve_deepspeed_config(config.deepspeed, config.train, world_size)
     stage = zero_stage(deepspeed)

@@ -47,6 +47,7 @@ from hdscale.evaluation.summary import score_summary
 from hdscale.files import write_json
 from hdscale.modeling.export import read_trainables
 from hdscale.modeling.model import build_model
+from hdscale.ops.precision import DTYPES
 from hdscale.resolve import resolve
 from hdscale.runs.folder import RunFolder
 from hdscale.runs.log import RunLog
@@ -55,8 +56,6 @@ from hdscale.runs.results import print_results
 from hdscale.runs.scores import task_score
 from hdscale.runs.settled import Settled
 from hdscale.runs.state import Metrics, RunState
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:

@@ -8,11 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel, T5Config
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.utils import logging as transformers_logging
 
 from hdscale.bases.blocks import adapt_blocks, set_activation_checkpointing
 from hdscale.bases.embedded import asset_folder
+from hdscale.bases.interface import StackSizes
 from hdscale.bases.settings import ModelSettings
 from hdscale.bases.weights import load_mapped, weight_files
 from hdscale.errors import UserError, nearest
@@ -73,15 +81,22 @@ def built_in_config(name: str) -> T5Config:
 
 
 def scales_output(config: PretrainedConfig) -> bool:
-    """Whether the decoder's output is multiplied by D**-0.5 before the head, as in v1.0 (head tied to the embeddings)."""
+    """Whether the decoder's output is multiplied by D**-0.5 before the head, as in v1.0 with its tied head."""
     return bool(getattr(config, "scale_decoder_outputs", False))
+
+
+def stack_sizes(config: PretrainedConfig, stack: str) -> StackSizes:
+    """Sizes of a base's "encoder" or "decoder"."""
+    is_decoder = stack == "decoder"
+    layers = config.num_decoder_layers if is_decoder else config.num_layers
+    return StackSizes(layers, config.d_model, config.num_heads, config.d_kv, is_decoder)
 
 
 def untie_head(base: PreTrainedModel) -> None:
     """Give a model that was built from a configuration a separate head, which checkpoints from v1.1 on have.
 
-    transformers 5 ties the head for every configuration of the T5 family, and unties it while loading a checkpoint whose
-    head differs. A model that is built without a checkpoint has to be untied explicitly.
+    transformers 5 ties the head for every configuration of the T5 family, and unties it while loading a checkpoint
+    whose head differs. A model that is built without a checkpoint has to be untied explicitly.
     """
     if scales_output(base.config):
         return
@@ -161,7 +176,9 @@ def quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_base(settings: ModelSettings, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_base(
+    settings: ModelSettings, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> T5ForConditionalGeneration:
     """The base model with every parameter frozen, its blocks able to apply an adaptation.
 
     Args:

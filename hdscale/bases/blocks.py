@@ -1,9 +1,9 @@
 """Transformers' T5 and MT5 blocks, extended to pass an `Adaptation` through their forward.
 
 A base model is adapted by giving its blocks a subclass of their own class: weights, names and every code path of
-transformers stay the same. With `adaptation=None` a block computes what it did before, up to rounding, because norms and
-GELU are one operation each (`hdscale.bases.elementwise`). How the stacks pass masks and position biases to their blocks
-is in `hdscale.bases.stacks`.
+transformers stay the same. With `adaptation=None` a block computes what it did before, up to rounding, because norms
+and GELU are one operation each (`hdscale.bases.elementwise`). How the stacks pass masks and position biases to their
+blocks is in `hdscale.bases.stacks`.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ class AdaptedBlock:
 class AdaptedAttention:
     """Mixin for T5Attention and MT5Attention: projections and prefixes of an adaptation inside the attention.
 
-    Without an adaptation transformers' own forward runs. A prefix is put in front of keys and values after the cache was
-    updated. The cache therefore contains the tokens' own keys and values only, and positions and masks are transformers'.
+    Without an adaptation transformers' own forward runs. A prefix is put in front of keys and values after the cache
+    was updated. The cache therefore contains the tokens' own keys and values only, and positions and masks are
+    transformers'.
     """
 
     def forward(
@@ -195,8 +196,8 @@ def mask_with_prefix(mask: Tensor | None, query: Tensor, key: Tensor, length: in
     """An attention mask for keys that begin with a prefix, which every query may see.
 
     Args:
-        mask: boolean (True: may see) or additive, [R or 1, 1, L or 1, keys]; None if transformers leaves the causal mask
-            to SDPA, or if nothing is masked.
+        mask: boolean (True: may see) or additive, [R or 1, 1, L or 1, keys]; None if transformers leaves the causal
+            mask to SDPA, or if nothing is masked.
         query: [R, H, L, d_kv].
         key: [R, H, keys, d_kv], without the prefix.
         length: of the prefix.

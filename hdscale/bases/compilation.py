@@ -1,8 +1,9 @@
 """`torch.compile` of the parts of a block: attention, feed-forward and norms, each compiled once for all layers.
 
-The stacks are not compiled as a whole: every layer and every pair of lengths would need its own graph, at up to a minute
-each. The parts compiled here are shared by the layers of a stack and accept any lengths, so a run has about ten graphs,
-and the hooks of an adaptation run between them. CUDA graphs cannot be used, because the lengths change with every pass.
+The stacks are not compiled as a whole: every layer and every pair of lengths would need its own graph, at up to a
+minute each. The parts compiled here are shared by the layers of a stack and accept any lengths, so a run has about ten
+graphs, and the hooks of an adaptation run between them. CUDA graphs cannot be used, because the lengths change with
+every pass.
 """
 
 from __future__ import annotations

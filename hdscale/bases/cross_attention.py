@@ -5,8 +5,8 @@ takes a sixth of a training step at T5-large. Matrix products are associative, s
 
     q (h W_k)^T = (q W_k^T) h^T        p (h W_v) = (p h) W_v
 
-W_k and W_v are multiplied with T queries instead of S source tokens. For the backward pass the source itself is kept, once
-for all layers, instead of keys and values in each layer.
+W_k and W_v are multiplied with T queries instead of S source tokens. For the backward pass the source itself is kept,
+once for all layers, instead of keys and values in each layer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ T H D, is then smaller than keys and values, 2 S H d_kv."""
 def few_targets(targets: int, sources: int, d_kv: int, gain: float = TRAINING_GAIN) -> bool:
     """Whether T queries of S source tokens are cheaper without projecting the source: gain T (d_kv + S) <= d_kv S.
 
-    Per head and D: projecting needs S d_kv multiplications for keys, and as many for values. Not projecting needs T d_kv
-    for the queries and T S for the scores, and the same again for values.
+    Per head and D: projecting needs S d_kv multiplications for keys, and as many for values. Not projecting needs T
+    d_kv for the queries and T S for the scores, and the same again for values.
     """
     return gain * targets * (d_kv + sources) <= d_kv * sources
 

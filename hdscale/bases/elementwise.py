@@ -1,8 +1,8 @@
 """Layer norm and GELU as one operation each.
 
-Transformers writes GELU as eight operations that keep four tensors of size F for the backward pass, where its input would
-be enough, and the norm as six operations that keep a float32 copy of their input. Both are limited by memory bandwidth, so
-each operation less saves time as well.
+Transformers writes GELU as eight operations that keep four tensors of size F for the backward pass, where its input
+would be enough, and the norm as six operations that keep a float32 copy of their input. Both are limited by memory
+bandwidth, so each operation less saves time as well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Greedy decoding in one small loop, for label tasks and short answers, without the overhead of transformers' `generate`."""
+"""Greedy decoding in one small loop, for labels and short answers, without the overhead of transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def greedy_decode(
     scored: bool = False,
     project_source: bool | None = None,
 ) -> Decoded:
-    """The most likely token at each position, until every row has ended: the same tokens as transformers' greedy search.
+    """The most likely token at each position until every row has ended, as transformers' greedy search gives it.
 
-    When half of the rows have ended, only the others are continued. (The last bits of a matrix product can depend on how
-    many rows it has.)
+    When half of the rows have ended, only the others are continued. (The last bits of a matrix product can depend on
+    how many rows it has.)
 
     Args:
         base: the T5-family model.

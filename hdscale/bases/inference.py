@@ -1,8 +1,8 @@
 """Passes without gradients over the stacks, with fewer and larger operations than transformers' modules use.
 
 Masks and position biases are computed once for all layers, and the decoder writes keys and values into tensors that are
-allocated at the start. Linears, norms and feed-forwards are the base's own modules, and the hooks of an `Adaptation` are
-called at the same places as in training. Results equal those of the stacks' own passes up to rounding.
+allocated at the start. Linears, norms and feed-forwards are the base's own modules, and the hooks of an `Adaptation`
+are called at the same places as in training. Results equal those of the stacks' own passes up to rounding.
 """
 
 from __future__ import annotations

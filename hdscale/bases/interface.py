@@ -10,9 +10,28 @@ decoder rows: B, or B times the number of beams, with the beams of an instance a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class StackSizes(NamedTuple):
+    """Sizes of one stack of a base.
+
+    Attributes:
+        layers: N.
+        d_model: D.
+        heads: H.
+        d_kv: size of a head; queries, keys and values have H * d_kv numbers.
+        is_decoder: whether the stack is the decoder, which also has cross-attention.
+    """
+
+    layers: int
+    d_model: int
+    heads: int
+    d_kv: int
+    is_decoder: bool
 
 
 class Adaptation:

@@ -1,14 +1,14 @@
 """The encoder over a micro-batch whose tokens are concatenated to one sequence without padding (`model.packing`).
 
-Rows of different lengths are padded to the longest, and the encoder computes the padding too. Packed, the real tokens of
-all rows form one sequence [1, L]. Norms, linears, feed-forwards and learned adapters do not depend on rows, and the
-attention is told which tokens belong together. On a GPU it is FlexAttention, with a block mask by instance, so that blocks
-of two instances cost nothing, and with T5's relative position bias added to the scores. FlexAttention has no backward pass
-on a CPU, so the attention is computed instance by instance there. The encoder's output is a padded batch again, and
-pooling, hypernetwork and decoder are not affected.
+Rows of different lengths are padded to the longest, and the encoder computes the padding too. Packed, the real tokens
+of all rows form one sequence [1, L]. Norms, linears, feed-forwards and learned adapters do not depend on rows, and the
+attention is told which tokens belong together. On a GPU it is FlexAttention, with a block mask by instance, so that
+blocks of two instances cost nothing, and with T5's relative position bias added to the scores. FlexAttention has no
+backward pass on a CPU, so the attention is computed instance by instance there. The encoder's output is a padded batch
+again, and pooling, hypernetwork and decoder are not affected.
 
-FlexAttention has no dropout of the attention's probabilities. A packed encoder omits that dropout on every device (but no
-other), so that a run computes the same when it resumes on another device.
+FlexAttention has no dropout of the attention's probabilities. A packed encoder omits that dropout on every device (but
+no other), so that a run computes the same when it resumes on another device.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Transformers' T5 and MT5 stacks, with the attention's additive mask computed once for all layers.
 
-The attention mask and T5's relative position bias are the same in every layer of a stack. Transformers adds the two in each
-layer, and autograd keeps each layer's sum, [B, H, S, S], for the backward pass: at 512 tokens more than all other
-activations. Here the sum is computed before the first block and passed as the position bias, so that only one copy is kept.
-The host does not need to read the mask's values either, which would make it wait for a GPU.
+The attention mask and T5's relative position bias are the same in every layer of a stack. Transformers adds the two in
+each layer, and autograd keeps each layer's sum, [B, H, S, S], for the backward pass: at 512 tokens more than all other
+activations. Here the sum is computed before the first block and passed as the position bias, so that only one copy is
+kept. The host does not need to read the mask's values either, which would make it wait for a GPU.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Load a base from safetensors without a copy of it in each rank's host memory.
 
 The ranks of a node map the same files into memory and share their pages. A tensor that is stored in the wanted dtype is
-used in place, without further host memory. Otherwise the tensors are converted or copied to the GPU one by one, with host
-memory for one tensor. `from_pretrained(...).to(device)` would first hold the whole model in each rank: 8 x 22 GB for
-T5-XXL in bf16 from a float32 checkpoint.
+used in place, without further host memory. Otherwise the tensors are converted or copied to the GPU one by one, with
+host memory for one tensor. `from_pretrained(...).to(device)` would first hold the whole model in each rank: 8 x 22 GB
+for T5-XXL in bf16 from a float32 checkpoint.
 """
 
 from __future__ import annotations

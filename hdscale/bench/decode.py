@@ -22,11 +22,12 @@ from transformers.modeling_outputs import BaseModelOutput
 from hdscale.bench.report import add_report_arguments, progress, publish
 from hdscale.bench.rows import EvaluationSet, add_row_arguments, check_sizes, evaluation_sets, make_rows
 from hdscale.bench.step import matmul_peak, timed
-from hdscale.bench.variants import DTYPES, as_released, hyperdecoder_settings, released_encode
+from hdscale.bench.variants import as_released, hyperdecoder_settings, released_encode
 from hdscale.data.batches import Row, collate
 from hdscale.evaluation.generation import global_batches
 from hdscale.modeling import build_model
 from hdscale.modeling.model import AdaptedModel
+from hdscale.ops.precision import DTYPES
 
 CHECKED_TOKENS = 3
 Jobs = list[tuple[list[list[Row]], int, int]]

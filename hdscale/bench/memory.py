@@ -23,6 +23,7 @@ from hdscale.engine.deepspeed_engine import build_engine
 from hdscale.engine.environment import read_environment
 from hdscale.engine.ranks import Ranks
 from hdscale.modeling.model import build_model
+from hdscale.ops.precision import DTYPES
 from hdscale.resolve import resolve
 from hdscale.study.memory_model import Memory, Sharding, step_memory
 from hdscale.study.plan import architecture, counted, work_of
@@ -81,7 +82,7 @@ def measured(case: Case, ranks: Ranks) -> int:
     """Most bytes that PyTorch has allocated at any moment of the last step, the model included."""
     config = config_of(case)
     vocabulary = architecture(config).vocabulary
-    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    dtype = DTYPES[config.train.dtype]
     on_gpu = ranks.device.type == "cuda"
     peaks: list[int] = []
 

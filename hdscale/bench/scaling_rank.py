@@ -25,6 +25,7 @@ from hdscale.engine.deepspeed_engine import build_engine
 from hdscale.engine.environment import read_environment
 from hdscale.engine.ranks import Ranks
 from hdscale.modeling import build_model
+from hdscale.ops.precision import DTYPES
 from hdscale.resolve import resolve
 
 COLLECTIVES = (
@@ -109,9 +110,8 @@ def measure(ranks: Ranks, task: Task, rows: list[tuple[list[int], list[int]]], h
             "method.hypernet.bottleneck=128",
         ],
     )  # fmt: skip
-    dtype = torch.bfloat16 if task.dtype == "bf16" else torch.float32
     resolved = resolve(config, ranks.world_size)
-    model = build_model(resolved.model, dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
+    model = build_model(resolved.model, DTYPES[task.dtype], ranks.device, seed=0, trainable_dtype=torch.float32)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     engine = build_engine(model, config.train, resolved.deepspeed, ranks, config.run.seed)
     seconds, said, calls = [], {}, {}

@@ -26,8 +26,8 @@ from hdscale.data.micro_batches import deal
 from hdscale.modeling import HyperdecoderConfig, build_model
 from hdscale.modeling.model import AdaptedModel, Encoded
 from hdscale.modeling.settings import HypernetSettings, MethodSettings, SideSettings
+from hdscale.ops.precision import DTYPES
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LEARNING_RATE = 3e-4
 
 

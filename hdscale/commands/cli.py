@@ -18,13 +18,16 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "predict": ("hdscale.commands.predict", "predict for JSON lines: any task, or free text"),
     "params": ("hdscale.commands.params", "count parameters by part, and the trainable share"),
-    "convert": ("hdscale.modeling.convert", "read the released implementation's checkpoint"),
+    "convert": ("hdscale.commands.convert", "convert a checkpoint of the released implementation to an export"),
     "launch": ("hdscale.launch", "submit a run or a sweep to SLURM; status, logs, cancel"),
     "plan": ("hdscale.study.plan", "memory, time and communication of a run, before it costs anything"),
     "study": ("hdscale.commands.study", "run a scaling study, resume it, report it"),
     "analyze": ("hdscale.commands.analyze", "embeddings as pictures, comparisons over seeds, the paper's tables"),
     "classify": ("hdscale.analysis.classifier", "classifiers on a trained run's frozen encoder (Table 7)"),
-    "doctor": ("hdscale.commands.doctor", "say which backends work here and build the C++/CUDA operator"),
+    "doctor": (
+        "hdscale.commands.doctor",
+        "report which backends work on this machine, and build the C++ and CUDA kernels",
+    ),
     "bench": ("hdscale.commands.bench", "measure speed and memory"),
 }
 

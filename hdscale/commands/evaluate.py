@@ -27,7 +27,8 @@ from hdscale.evaluation.evaluator import Evaluation, Evaluator, SplitEvaluator
 from hdscale.evaluation.extractive import ExtractiveEvaluator, check_extractive
 from hdscale.evaluation.metrics import check_metrics
 from hdscale.files import write_json
-from hdscale.load import ADAPTER_CONFIG, Choice, Loaded
+from hdscale.load import Choice, Loaded
+from hdscale.modeling.config import CONFIG_FILE
 from hdscale.runs.progress import RowProgress
 from hdscale.runs.ranks import RankGroup, SingleProcess
 
@@ -83,7 +84,7 @@ def tasks_of(args: argparse.Namespace, config: Config) -> list[Task]:
     if args.tasks is not None:
         names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     elif args.run_folder is None:
-        exported = Path(args.model) / ADAPTER_CONFIG
+        exported = Path(args.model) / CONFIG_FILE
         if not exported.is_file():
             raise UserError("say which tasks to evaluate on: --tasks rte,mnli (or a mixture: glue, mrqa, summ_nli)")
         names = json.loads(exported.read_text()).get("tasks", [])

@@ -19,7 +19,8 @@ from hdscale.evaluation.predictor import WINDOW, Predictor
 from hdscale.evaluation.requests import BadRow, read_requests
 from hdscale.evaluation.streams import check_output, open_input, open_output
 from hdscale.files import json_line
-from hdscale.load import DTYPES, Choice
+from hdscale.load import Choice
+from hdscale.ops.precision import DTYPES
 from hdscale.runs.progress import RowProgress
 
 

@@ -1,4 +1,4 @@
-"""The modeling room: what the paper defines.
+"""The methods of the paper and its baselines, and the model that they adapt.
 
 Shapes: B batch, S source, T target, D d_model, A adapter size, K hypernetwork bottleneck, N layers, V vocabulary.
 """
@@ -10,20 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hdscale.modeling.config import HyperdecoderConfig
-    from hdscale.modeling.export import from_pretrained
-    from hdscale.modeling.model import AdaptedModel, ModelOutput, build_model
+    from hdscale.modeling.model import AdaptedModel, ModelOutput, build_model, from_pretrained
 
 __all__ = ["AdaptedModel", "HyperdecoderConfig", "ModelOutput", "build_model", "from_pretrained"]
-
-_HOMES = {"HyperdecoderConfig": "config", "from_pretrained": "export"}  # the others live in model.py
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used.
 
-    `hdscale.config` needs only this room's settings, and the commands that read nothing but a configuration must not
-    wait for torch and transformers.
+    Importing only the settings must not import torch and transformers, which takes seconds.
     """
     if name not in __all__:
         raise AttributeError(f"module 'hdscale.modeling' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"hdscale.modeling.{_HOMES.get(name, 'model')}"), name)
+    module = "config" if name == "HyperdecoderConfig" else "model"
+    return getattr(importlib.import_module(f"hdscale.modeling.{module}"), name)

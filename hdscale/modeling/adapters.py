@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hdscale.bases.interface import Adaptation
 
 INIT_GAIN = 1e-4
-"""Xavier gain of the release: a new adapter starts near zero without being zero."""
+"""Xavier gain of the release: the output of a new adapter is near zero, but not zero."""
 
 
 class Adapter(nn.Module):
@@ -27,7 +27,7 @@ class Adapter(nn.Module):
 
 
 class ManualAdapters(nn.ModuleList):
-    """One learned adapter for each of a stack's layers."""
+    """One learned adapter per layer of a stack."""
 
     def __init__(self, d_model: int, layers: int, dim: int) -> None:
         super().__init__(Adapter(d_model, dim) for _ in range(layers))

@@ -1,4 +1,4 @@
-"""What the hypernetwork is conditioned on: the pooled encoding and its MLP (Eq. 8), or a task's embedding."""
+"""What the hypernetwork is conditioned on: the pooled encoding with its MLP (Eq. 8), or a task's embedding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
 def stretch_means(hidden: Tensor, mask: Tensor, pools: int) -> Tensor:
     """Means over P stretches of (nearly) equal length of each source: hidden [B, S, D], mask [B, S] -> [B, P * D].
 
-    A source of fewer than P tokens leaves stretches empty, and their means 0.
+    If a source has fewer than P tokens, some stretches are empty, and their means 0.
     """
     length = mask.sum(dim=1, keepdim=True).clamp(min=1)
     stretch = (mask.cumsum(dim=1) - 1) * pools // length  # [B, S]
@@ -32,7 +32,7 @@ def stretch_means(hidden: Tensor, mask: Tensor, pools: int) -> Tensor:
 
 
 class AttentionPooling(nn.Module):
-    """P learned queries, each a softmax-weighted mean over the tokens. Queries start at 0: all are the mean at first."""
+    """P learned queries, each giving a softmax-weighted mean of the tokens. They start at 0, which gives the mean."""
 
     def __init__(self, d_model: int, pools: int) -> None:
         super().__init__()
@@ -50,9 +50,10 @@ class EncodingEmbedding(nn.Module):
     """`e = MLP(mean(h))` (Eq. 8): Linear, ReLU, Linear, all of size D; without the MLP, `e = mean(h)` (Table 9).
 
     Args:
-        d_model: D. mlp: whether the MLP is there.
-        conditioning: "mean", or "attention" for learned queries in its place.
-        pools: number P of pooled vectors, which the MLP reads side by side.
+        d_model: D.
+        mlp: whether to use the MLP.
+        conditioning: "mean", or "attention" for learned queries instead.
+        pools: number P of pooled vectors, which are concatenated.
 
     Attributes:
         size: of e: D, or P * D without the MLP.
@@ -79,15 +80,15 @@ class EncodingEmbedding(nn.Module):
 
 
 def with_unseen_task(weight: Tensor) -> Tensor:
-    """Rows of N tasks [N, ...] and, as row N, their mean: what stands for a task that was not trained on (Table 5)."""
+    """Rows of N tasks [N, ...] and, as row N, their mean, which represents an unseen task (Table 5)."""
     return torch.cat([weight, weight.mean(dim=0, keepdim=True)])
 
 
 def task_rows(task_ids: Tensor, tasks: int) -> Tensor:
-    """Indices into `with_unseen_task` of task ids [B]; -1 is a task that was not trained on.
+    """Indices of task ids [B] into the rows of `with_unseen_task`; -1 is a task that the model was not trained on.
 
     Raises:
-        UserError: for an id beyond the tasks (looked at where that costs no wait for an accelerator).
+        UserError: for an id beyond the tasks (checked on a CPU only, because the host would have to wait for a GPU).
     """
     if task_ids.device.type == "cpu" and task_ids.numel() and int(task_ids.max()) >= tasks:
         raise UserError(
@@ -98,7 +99,7 @@ def task_rows(task_ids: Tensor, tasks: int) -> Tensor:
 
 
 class TaskEmbedding(nn.Embedding):
-    """A learned vector for each task, N(0, 1) at first; task id -1 gets the mean of all (Table 5)."""
+    """A learned vector for each task, N(0, 1) at first; task id -1 gets the mean of all of them (Table 5)."""
 
     def forward(self, task_ids: Tensor) -> Tensor:
         """task_ids [B] -> [B, size]."""

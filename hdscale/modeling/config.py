@@ -15,6 +15,9 @@ from hdscale.bases.settings import ModelSettings
 from hdscale.errors import UserError, nearest, one_line
 from hdscale.modeling.settings import MethodSettings
 
+CONFIG_FILE = "hdscale_config.json"
+"""The configuration's file in an export."""
+
 
 @dataclass
 class HyperdecoderConfig:

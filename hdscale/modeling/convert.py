@@ -1,8 +1,7 @@
-"""`hdscale convert --from-released FILE`: read the released implementation's state dict (transformers 4.14, 2022)."""
+"""Checkpoints of the authors' released implementation (transformers 4.14, 2022), converted to exports."""
 
 from __future__ import annotations
 
-import argparse
 import pickle
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from torch import Tensor
 from hdscale.bases.settings import ModelSettings
 from hdscale.errors import UserError
 from hdscale.modeling.config import HyperdecoderConfig
-from hdscale.modeling.export import save_pretrained
 from hdscale.modeling.model import build_model
 from hdscale.modeling.settings import HypernetSettings, MethodSettings, SideSettings
 
@@ -22,7 +20,7 @@ BLOCK = "{side}.block.{layer}.layer.{sub}.adapter_layer.adapter_{direction}_manu
 FEED_FORWARD = {"encoder": 1, "decoder": 2}
 """Index of the feed-forward sub-layer in a block."""
 
-# hdscale's names of a generated side, and the release's
+# {hdscale's name: the release's name} of a generated side
 GENERATOR = {
     "hypernetwork.layer_embedding.weight": "param_gen.layer_embed.weight",
     "hypernetwork.linear.weight": "param_gen.decoder.linear1.weight",
@@ -41,7 +39,7 @@ TASKS = {"task_embedding.weight": "adapter_task_embedding.weight"}
 
 
 def side_kind(state: dict[str, Tensor], side: str) -> str:
-    """What adapted a side in the release, read from the names that its state dict holds."""
+    """The kind of adapters that a side has in the release, from the names in its state dict."""
     if f"{side}.param_gen.layer_embed.weight" in state:
         return "task" if f"{side}.adapter_task_embedding.weight" in state else "generated"
     if BLOCK.format(side=side, layer=0, sub=FEED_FORWARD[side], direction="down", kind="weight") in state:
@@ -50,7 +48,7 @@ def side_kind(state: dict[str, Tensor], side: str) -> str:
 
 
 def side_names(state: dict[str, Tensor], side: str, kind: str, layers: int) -> dict[str, str]:
-    """{hdscale's name: the release's name} of a side's trainables."""
+    """{hdscale's name: the release's name} of a side's trainable parameters."""
     names: dict[str, str] = {}
     if kind == "manual" or (kind == "generated" and side == "encoder"):
         for layer in range(layers):
@@ -71,7 +69,7 @@ def side_names(state: dict[str, Tensor], side: str, kind: str, layers: int) -> d
 
 
 def count_layers(state: dict[str, Tensor], side: str) -> int:
-    """Blocks of a stack that the state dict speaks of."""
+    """Number of blocks of a stack that the state dict has tensors of."""
     prefix = f"{side}.block."
     return 1 + max((int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix)), default=-1)
 
@@ -79,16 +77,16 @@ def count_layers(state: dict[str, Tensor], side: str) -> int:
 def convert_state(
     state: dict[str, Tensor], model: ModelSettings, tasks: list[str] | None = None, normed_input: bool = False
 ) -> tuple[HyperdecoderConfig, dict[str, Tensor]]:
-    """hdscale's configuration and trainables for a released state dict.
+    """The configuration and the trainable parameters of a released state dict.
 
     Args:
-        state: names as in the release (see the module).
+        state: with the release's names.
         model: the base that it was trained on.
         tasks: names of the tasks in the order of their embeddings, for task-conditioned models.
         normed_input: whether the release was configured with `adapter_norm_input`.
 
     Raises:
-        UserError: where the state dict holds no adapters, or lacks a tensor.
+        UserError: if the state dict has no adapters, or lacks a tensor.
     """
     sides, trainables = {}, {}
     hypernet = HypernetSettings()
@@ -123,14 +121,18 @@ def convert_state(
             sides[side] = SideSettings(kind, dim, "layernorm" if normed_input else "hidden")
     if all(side.adapter == "none" for side in sides.values()):
         raise UserError(
-            "the state dict holds no adapters of the released implementation (no 'adapter_layer' or 'param_gen')"
+            "the state dict has no adapters of the released implementation (no 'adapter_layer' or 'param_gen')"
         )
     method = MethodSettings("hyperdecoder", sides["encoder"], sides["decoder"], hypernet)
     return HyperdecoderConfig(model, method, tasks or []), trainables
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors file, or from a .bin/.pt file without running any pickled code."""
+    """A state dict from a .safetensors file, or from a .bin or .pt file without running pickled code.
+
+    Raises:
+        UserError: for a file that does not exist, cannot be read, or contains other things than tensors.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file {path}")
@@ -141,36 +143,34 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path}: not a readable state dict ({str(error).splitlines()[0]})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: must hold a dictionary of tensors")
+        raise UserError(f"{path}: must contain a dictionary of tensors")
     return state
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from-released", metavar="FILE", required=True, help="the release's pytorch_model.bin")
-    parser.add_argument("--to", metavar="DIR", required=True, help="folder for the exported trainables")
-    parser.add_argument("--model", required=True, help="base that it was trained on (google/t5-large-lm-adapt, ...)")
-    parser.add_argument("--tasks", nargs="*", help="task names in the order of their ids (task-conditioned models)")
-    parser.add_argument(
-        "--post-layernorm-input", action="store_true", help="the release was run with adapter_norm_input=true"
-    )
+def convert_checkpoint(
+    path: str | Path, folder: str | Path, model: ModelSettings, tasks: list[str] | None, normed_input: bool
+) -> tuple[HyperdecoderConfig, dict[str, Tensor]]:
+    """Write the export of a released checkpoint.
 
+    Args:
+        path: the release's pytorch_model.bin.
+        folder: of the export.
+        model, tasks, normed_input: as for `convert_state`.
 
-def run(args: argparse.Namespace) -> int:
-    state = read_state(args.from_released)
-    config, trainables = convert_state(state, ModelSettings(args.model), args.tasks, args.post_layernorm_input)
-    model = build_model(config, device="meta")
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    for name, shape in shapes.items():
-        if name not in trainables or tuple(trainables[name].shape) != shape:
-            found = list(trainables[name].shape) if name in trainables else "nothing"
+    Returns:
+        the configuration and the trainable parameters by name.
+
+    Raises:
+        UserError: for a file that cannot be read, or that does not fit the base.
+    """
+    config, trainables = convert_state(read_state(path), model, tasks, normed_input)
+    adapted = build_model(config, device="meta")
+    for name, parameter in adapted.trainable_parameters().items():
+        shape = list(trainables[name].shape) if name in trainables else None
+        if shape != list(parameter.shape):
             raise UserError(
-                f"{args.from_released}: {name} should be {list(shape)} for base '{args.model}', found {found}"
+                f"{path}: {name} should have shape {list(parameter.shape)} for base '{model.name}', "
+                f"found {shape or 'no such tensor'}"
             )
-    save_pretrained(model, args.to, trainables)
-    method = config.method
-    print(
-        f"{len(trainables)} tensors, {sum(t.numel() for t in trainables.values()):,} parameters: "
-        f"encoder {method.encoder.adapter} {method.encoder.dim}, decoder {method.decoder.adapter} {method.decoder.dim}, "
-        f"bottleneck {method.hypernet.bottleneck} -> {args.to}"
-    )
-    return 0
+    adapted.save_pretrained(folder, trainables)
+    return config, trainables

@@ -23,12 +23,15 @@ INIT_GAIN = 1e-3
 
 
 class GeneratedAdapterHeads(nn.Module):
-    """The four linear heads of Eq. 4-7: they turn a code into one adapter, and apply it.
+    """The four linear heads of Eq. 4-7, which turn a code into one adapter and apply it.
 
-    A module of its own whose forward uses its parameters, so that DeepSpeed's stage 3 can gather them there.
+    They are a module whose forward uses its own parameters, so that DeepSpeed's stage 3 can gather them.
 
     Args:
-        d_model: D. dim: adapter size A. bottleneck: size K of the code. backend: see `hdscale.ops`.
+        d_model: D.
+        dim: adapter size A.
+        bottleneck: size K of the code.
+        backend: see `hdscale.ops`.
     """
 
     def __init__(self, d_model: int, dim: int, bottleneck: int, backend: str = "auto") -> None:
@@ -42,7 +45,7 @@ class GeneratedAdapterHeads(nn.Module):
         self.down_bias_bias = nn.Parameter(torch.zeros(dim))
         self.up_bias_weight = nn.Parameter(torch.empty(d_model, bottleneck))
         self.up_bias_bias = nn.Parameter(torch.zeros(d_model))
-        # hyper-fan-in (Chang et al. 2020): the variance of what is generated, not of the head, is kept
+        # hyper-fan-in (Chang et al. 2020): preserves the variance of the generated layer's output, not of the head's
         for weight, fan in (
             (self.up_weight, dim),
             (self.down_weight, d_model),
@@ -53,7 +56,7 @@ class GeneratedAdapterHeads(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
 
     def heads(self) -> AdapterHeads:
-        """The parameters as the operator takes them."""
+        """The parameters in the form that the operator takes."""
         return AdapterHeads(
             self.down_weight,
             self.down_bias,
@@ -66,21 +69,23 @@ class GeneratedAdapterHeads(nn.Module):
         )
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        """x [B, T, D], code [B, K] -> [B, T, D]: each instance's own adapter applied to its own rows (Eq. 1)."""
+        """x [B, T, D], code [B, K] -> [B, T, D]: each instance's adapter, applied to its own rows (Eq. 1)."""
         return generated_adapter(x, code, self.heads(), backend=self.backend)
 
     def generate(self, code: Tensor) -> AdapterWeights:
-        """code [B, K] -> each instance's adapter, to be applied many times."""
+        """code [B, K] -> each instance's adapter, for use by `apply_adapter`."""
         return generate_adapter_weights(code, self.heads())
 
 
 class Hypernetwork(nn.Module):
-    """`Adapter_i = Hypernetwork([e; l_i])` (Eq. 9), its first layer (Eq. 3) for all layers i at once.
+    """`Adapter_i = Hypernetwork([e; l_i])` (Eq. 9); its first layer (Eq. 3) is computed for all layers i at once.
 
     Args:
-        d_input: size of e. layers: N. bottleneck: K.
-        layer_embedding: size of l_i; 0 for none, where the layers share one code.
-        heads: what turns a code into an adaptation, by name (`adapter_heads`: Eq. 4-7).
+        d_input: size of e.
+        layers: N.
+        bottleneck: K.
+        layer_embedding: size of l_i; 0 for no layer embeddings, so that the layers share one code.
+        heads: modules that turn a code into an adaptation, by name (`adapter_heads`: Eq. 4-7).
     """
 
     def __init__(
@@ -106,7 +111,7 @@ class GeneratedAdaptation(Adaptation):
     """Adapters generated from codes, in parallel with the feed-forward sub-layers.
 
     Args:
-        adapter_heads: the heads that turn a code into an adapter.
+        adapter_heads: turn a code into an adapter.
         codes: [N, B, K].
         normed_input: the adapters read LayerNorm(x) instead of x (Table 9).
     """
@@ -122,22 +127,24 @@ class GeneratedAdaptation(Adaptation):
     def for_training(self, length: int) -> Adaptation:
         heads = self.adapter_heads
         if hasattr(heads.down_weight, "ds_id"):
-            return self  # DeepSpeed's stage 3 has the parameters together only inside the heads' own forward
+            return self  # DeepSpeed's stage 3 gathers the parameters only within the heads' own forward
         layers = share_heads(self.codes, heads.heads(), length, backend=heads.backend)
         return SharedAdaptation(layers, heads.backend, self.normed_input)
 
     def for_generation(self) -> CachedAdaptation:
-        # all layers in one product: a layer's few rows alone would read the heads' weights once more each
+        # all layers in one product, which reads the heads' weights once instead of once per layer
         together = self.adapter_heads.generate(self.codes.flatten(0, 1))
         layers = zip(*(tensor.chunk(len(self.codes)) for tensor in together), strict=True)
         return CachedAdaptation([AdapterWeights(*layer) for layer in layers], self.normed_input)
 
 
 class SharedAdaptation(Adaptation):
-    """Generated adapters of one pass, whose heads' gradient is formed once for all layers (`hdscale.ops.share_heads`).
+    """Generated adapters of one pass; their heads' gradient is computed once for all layers (`hdscale.ops.share_heads`).
 
     Args:
-        layers: code and heads of each layer. backend: see `hdscale.ops`.
+        layers: code and heads of each layer.
+        backend: see `hdscale.ops`.
+        normed_input: as in `GeneratedAdaptation`.
     """
 
     def __init__(
@@ -152,10 +159,11 @@ class SharedAdaptation(Adaptation):
 
 
 class CachedAdaptation(Adaptation):
-    """Adapters generated once per instance, applied at every decoded token; the beams of an instance share its adapter.
+    """Adapters generated once per instance and applied to every decoded token; the beams of an instance share them.
 
     Args:
-        weights: one entry a layer, each for B instances.
+        weights: one entry per layer, each for B instances.
+        normed_input: as in `GeneratedAdaptation`.
     """
 
     def __init__(self, weights: list[AdapterWeights], normed_input: bool = False) -> None:

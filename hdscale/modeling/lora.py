@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from hdscale.bases.interface import Adaptation
+from hdscale.bases.interface import Adaptation, StackSizes
 from hdscale.errors import UserError, nearest
 from hdscale.modeling.settings import LoraSettings
 from hdscale.ops import group_by_instance
@@ -27,7 +26,7 @@ class LinearShape(NamedTuple):
 
 
 def check_lora(lora: LoraSettings) -> None:
-    """Raise UserError for values of `method.lora` that mean nothing."""
+    """Raise UserError for invalid values of `method.lora`."""
     if lora.rank < 1:
         raise UserError(f"method.lora.rank={lora.rank} must be at least 1")
     targets = lora.targets
@@ -37,32 +36,31 @@ def check_lora(lora: LoraSettings) -> None:
         raise UserError(f"method.lora.attention={lora.attention}{nearest(lora.attention, ATTENTIONS)}")
 
 
-def adapted_linears(base_config, decoder: bool, targets: str, attention: str) -> list[LinearShape]:
+def adapted_linears(sizes: StackSizes, targets: str, attention: str) -> list[LinearShape]:
     """The linears of one layer that are adapted.
 
     Args:
-        base_config: of the base. decoder: whether the stack is the decoder (which has cross-attention).
-        targets: letters among q, k, v and o. attention: self, cross or all.
+        sizes: of the stack.
+        targets: letters among q, k, v and o.
+        attention: self, cross or all.
     """
-    inner = base_config.num_heads * base_config.d_kv
-
-    def shapes() -> Iterator[LinearShape]:
-        for kind in ("self", "cross") if decoder else ("self",):
-            if attention in (kind, "all"):
-                for name in targets:
-                    sizes = (inner, base_config.d_model) if name == "o" else (base_config.d_model, inner)
-                    yield LinearShape(linear_key(kind, name), *sizes)
-
-    return list(shapes())
+    inner = sizes.heads * sizes.d_kv
+    attentions = ("self", "cross") if sizes.is_decoder else ("self",)
+    return [
+        LinearShape(linear_key(kind, name), *((inner, sizes.d_model) if name == "o" else (sizes.d_model, inner)))
+        for kind in attentions
+        if attention in (kind, "all")
+        for name in targets
+    ]
 
 
 def linear_key(attention: str, name: str) -> str:
-    """The name of a layer's linear among its adapted ones: "self_q", "cross_o"."""
+    """The name of a linear within a layer: "self_q", "cross_o"."""
     return f"{attention}_{name}"
 
 
 def apply_low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Each instance's own update of its rows: x [R, L, in], down [B, in, r], up [B, r, out] -> [R, L, out]."""
+    """Each instance's own update, applied to its rows: x [R, L, in], down [B, in, r], up [B, r, out] -> [R, L, out]."""
     grouped = group_by_instance(x, down.shape[0])
     return (grouped @ down @ up).reshape(*x.shape[:-1], up.shape[-1])
 
@@ -86,7 +84,7 @@ class LoraAdaptation(Adaptation):
     """Learned low-rank updates.
 
     Args:
-        layers: for each layer the updates by key.
+        layers: for each layer a ModuleDict of the updates by key.
     """
 
     adapts_attention = True
@@ -95,7 +93,7 @@ class LoraAdaptation(Adaptation):
         self.layers = layers
 
     def projection(self, layer: int, attention: str, name: str, x: Tensor, y: Tensor) -> Tensor:
-        key, updates = linear_key(attention, name), self.layers[layer]
+        key, updates = linear_key(attention, name), cast(nn.ModuleDict, self.layers[layer])
         return y + updates[key](x) if key in updates else y
 
     def select(self, rows: Tensor) -> LoraAdaptation:
@@ -114,14 +112,14 @@ class GeneratedLora(nn.Module):
         self.d_in, self.d_out, self.rank, self.scale = d_in, d_out, rank, scale
         self.down = nn.Linear(bottleneck, d_in * rank)
         self.up = nn.Linear(bottleneck, rank * d_out)
-        # hyper-fan-in (Chang et al. 2020) for what is read; what is written starts at nothing
+        # hyper-fan-in (Chang et al. 2020) for A; B starts at 0
         bound = math.sqrt(3.0 / (bottleneck * d_in))
         nn.init.uniform_(self.down.weight, -bound, bound)
         for tensor in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(tensor)
 
     def generate(self, code: Tensor) -> tuple[Tensor, Tensor]:
-        """code [B, K] -> A [B, in, r] and B [B, r, out], the scale in B."""
+        """code [B, K] -> A [B, in, r] and B [B, r, out]; B includes the scale."""
         down = self.down(code).unflatten(-1, (self.d_in, self.rank))
         return down, self.up(code).unflatten(-1, (self.rank, self.d_out)) * self.scale
 
@@ -144,12 +142,12 @@ class GeneratedLoraAdaptation(Adaptation):
 
     def for_generation(self) -> CachedLoraAdaptation:
         return CachedLoraAdaptation(
-            [{key: head.generate(code) for key, head in self.heads.items()} for code in self.codes]
+            [{key: cast(GeneratedLora, head).generate(code) for key, head in self.heads.items()} for code in self.codes]
         )
 
 
 class CachedLoraAdaptation(Adaptation):
-    """Low-rank updates, one an instance, made once: for each layer {key: (A [B, in, r], B [B, r, out])}."""
+    """Low-rank updates, one per instance, generated once: for each layer {key: (A [B, in, r], B [B, r, out])}."""
 
     adapts_attention = True
 
@@ -163,7 +161,7 @@ class CachedLoraAdaptation(Adaptation):
     def select(self, rows: Tensor) -> CachedLoraAdaptation:
         return CachedLoraAdaptation(
             [
-                {key: tuple(part.index_select(0, rows) for part in update) for key, update in layer.items()}
+                {key: (down.index_select(0, rows), up.index_select(0, rows)) for key, (down, up) in layer.items()}
                 for layer in self.layers
             ]
         )

@@ -1,12 +1,14 @@
-"""The adapted model: a frozen base, a method, and the passes that training, decoding and analysis need."""
+"""The adapted model: a frozen base, a method, and the passes of training, decoding and analysis."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from hdscale.bases import inference, packing
@@ -15,19 +17,21 @@ from hdscale.bases.greedy import Decoded, greedy_decode
 from hdscale.bases.interface import Adaptation
 from hdscale.errors import UserError
 from hdscale.modeling.config import HyperdecoderConfig
+from hdscale.modeling.export import check_tasks, copy_trainables, read_config, write_export
 from hdscale.modeling.hypernetwork import GeneratedAdapterHeads
-from hdscale.modeling.methods import method_class, settled
+from hdscale.modeling.methods import Method, complete_config
+from hdscale.ops.precision import at_least_float32
 
 IGNORED = -100
-"""Label of padding: no loss."""
+"""Label of padding, which has no loss."""
 
 
 class ModelOutput(NamedTuple):
-    """What a training pass returns.
+    """The result of a training pass.
 
     Attributes:
         loss_sum: float32 scalar, cross-entropy summed over the target tokens.
-        tokens: int64 scalar, the target tokens.
+        tokens: int64 scalar, the number of target tokens.
     """
 
     loss_sum: Tensor
@@ -35,10 +39,19 @@ class ModelOutput(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """An encoded batch: hidden states [B, S, D] and what adapts the decoder for it."""
+    """An encoded batch.
+
+    Attributes:
+        hidden: hidden states [B, S, D].
+        adaptation: of the decoder, for this batch.
+    """
 
     hidden: Tensor
     adaptation: Adaptation | None
+
+    def for_generation(self) -> Adaptation | None:
+        """The decoder's adaptation with everything generated once."""
+        return None if self.adaptation is None else self.adaptation.for_generation()
 
 
 class AdaptedModel(nn.Module):
@@ -47,12 +60,18 @@ class AdaptedModel(nn.Module):
     Build it with `build_model` or `from_pretrained`.
 
     Attributes:
-        base: the transformers model. method: the method's own module. config: how both were built.
+        config: base, method and tasks.
+        base: the transformers model (MT5's class has the same parts as T5's).
+        method: the method's own module.
         label_smoothing: of the training loss.
     """
 
     def __init__(
-        self, config: HyperdecoderConfig, base: nn.Module, method: nn.Module, label_smoothing: float = 0.0
+        self,
+        config: HyperdecoderConfig,
+        base: T5ForConditionalGeneration,
+        method: Method,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.config = config
@@ -78,20 +97,25 @@ class AdaptedModel(nn.Module):
         task_ids: Tensor | None = None,
         source_positions: Tensor | None = None,
     ) -> Encoded:
-        """Run the adapted encoder and generate what the decoder needs.
+        """Run the adapted encoder and generate the decoder's adaptation.
 
         Args:
-            input_ids: [B, S]. attention_mask: [B, S]. task_ids: [B], needed by task-conditioned methods.
-            source_positions: [L], where the source tokens stand among the B * S; read with `model.packing` alone: see
-                `hdscale.bases.packing.encode`.
+            input_ids: [B, S].
+            attention_mask: [B, S].
+            task_ids: [B], needed by task-conditioned methods.
+            source_positions: [L], the indices of the source tokens among the B * S; used with `model.packing` only (see
+                `hdscale.bases.packing.encode`).
+
+        Raises:
+            UserError: if a task-conditioned method gets no task ids.
         """
         if self.method.needs_tasks and task_ids is None:
             raise UserError(f"method '{self.config.method.name}' is conditioned on tasks: give task_ids")
 
-        lean = self._without_gradients()
+        without_gradients = self._without_gradients()
 
-        def run(adaptation: Adaptation | None) -> Tensor:
-            if lean:
+        def run_encoder(adaptation: Adaptation | None) -> Tensor:
+            if without_gradients:
                 return inference.encode(self.base.encoder, input_ids, attention_mask, adaptation)
             if adaptation is not None:
                 adaptation = adaptation.for_training(input_ids.shape[1])
@@ -101,11 +125,14 @@ class AdaptedModel(nn.Module):
                 input_ids=input_ids, attention_mask=attention_mask, adaptation=adaptation
             ).last_hidden_state
 
-        hidden = self.method.encode(run, attention_mask, task_ids)
+        hidden = self.method.encode(run_encoder, attention_mask, task_ids)
         return Encoded(hidden, self.method.decoder_adaptation(hidden, attention_mask, task_ids))
 
     def _without_gradients(self) -> bool:
-        """Whether a pass is one of evaluation, over parameters that are at hand (DeepSpeed's stage 3 gathers them in modules)."""
+        """Whether to use the passes without gradients: in evaluation, unless DeepSpeed's stage 3 partitions parameters.
+
+        Stage 3 gathers the parameters of a module in its forward, which these passes do not always call.
+        """
         encoder = self.base.encoder
         return not (torch.is_grad_enabled() or encoder.training or hasattr(encoder.final_layer_norm.weight, "ds_id"))
 
@@ -115,8 +142,11 @@ class AdaptedModel(nn.Module):
         """Teacher-forced logits at the label positions only.
 
         Args:
-            target_positions: [M], where the labels that are not padding stand among the B * T (`collate` knows it);
-                default: looked up, for which a GPU's host has to wait.
+            encoded: the result of `encode`.
+            attention_mask: [B, S].
+            labels: [B, T], -100 for padding.
+            target_positions: [M], the indices of the labels that are not padding among the B * T (`collate` computes
+                them); default: computed here, for which the host has to wait for a GPU.
 
         Returns:
             logits [M, V] and labels [M] of the M positions that are not padding, row by row.
@@ -151,18 +181,22 @@ class AdaptedModel(nn.Module):
         """The training pass: cross-entropy summed over target tokens (Section 2.4), in float32.
 
         Args:
-            input_ids: [B, S]. attention_mask: [B, S]. labels: [B, T], -100 for padding. task_ids: [B].
-            source_positions: [L], see `encode`. target_positions: [M], see `decode`.
+            input_ids: [B, S].
+            attention_mask: [B, S].
+            labels: [B, T], -100 for padding.
+            task_ids: [B].
+            source_positions: [L], see `encode`.
+            target_positions: [M], see `decode`.
         """
         encoded = self.encode(input_ids, attention_mask, task_ids, source_positions)
         logits, targets = self.decode(encoded, attention_mask, labels, target_positions)
         loss_sum = F.cross_entropy(
-            logits.float() if logits.dtype != torch.float64 else logits,
+            logits.to(at_least_float32(logits.dtype)),
             targets,
             reduction="sum",
             label_smoothing=self.label_smoothing,
         )
-        # filled on the device: copying a number there would wait for it
+        # filled on the device: the host would have to wait for the copy of a number
         return ModelOutput(loss_sum, torch.full((), targets.shape[0], dtype=torch.int64, device=targets.device))
 
     @torch.no_grad()
@@ -188,12 +222,13 @@ class AdaptedModel(nn.Module):
     ) -> Tensor:
         """Decode with the adapters generated once per instance.
 
-        Plain greedy search (nothing but lengths asked for) is a small loop of ours, everything else transformers'
-        `generate`.
+        Plain greedy search, with limits of the length only, is hdscale's own loop; all else is transformers' `generate`.
 
         Args:
-            input_ids: [B, S]. attention_mask: [B, S]. task_ids: [B].
-            **kwargs: whatever transformers' `generate` takes (greedy, beams, sampling).
+            input_ids: [B, S].
+            attention_mask: [B, S].
+            task_ids: [B].
+            **kwargs: of transformers' `generate` (greedy search, beams, sampling).
 
         Returns:
             token ids [B, T'] (or [B * num_return_sequences, T']), the decoder's start token first.
@@ -201,27 +236,30 @@ class AdaptedModel(nn.Module):
         if is_plain_greedy(kwargs) and self._without_gradients():
             return self._greedy(input_ids, attention_mask, task_ids, kwargs, scored=False).ids
         encoded = self.encode(input_ids, attention_mask, task_ids)
-        adaptation = encoded.adaptation.for_generation() if encoded.adaptation is not None else None
-        return self.base.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
+        ids = self.base.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),  # type: ignore[arg-type]  # typed in lower case
             attention_mask=attention_mask,
-            adaptation=adaptation,
+            adaptation=encoded.for_generation(),
             **kwargs,
         )
+        return cast(Tensor, ids)
 
     @torch.no_grad()
     def generate_with_scores(
         self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """`generate`, and the log-likelihood of what it gives, summed over each row's tokens: float32 [B].
+        """`generate`, and the log-likelihood of its result, summed over each row's tokens: float32 [B].
 
-        With plain greedy search the scores cost no pass of their own.
+        With plain greedy search the scores need no further pass.
         """
         if is_plain_greedy(kwargs) and self._without_gradients():
-            return self._greedy(input_ids, attention_mask, task_ids, kwargs, scored=True)
+            found = self._greedy(input_ids, attention_mask, task_ids, kwargs, scored=True)
+            assert found.scores is not None
+            return found.ids, found.scores
         ids = self.generate(input_ids, attention_mask, task_ids, **kwargs)
         config, generated = self.base.config, ids[:, 1:]
-        after_end = (generated == config.eos_token_id).cumsum(dim=1) - (generated == config.eos_token_id).long() > 0
+        is_end = generated == config.eos_token_id
+        after_end = is_end.cumsum(dim=1) - is_end.long() > 0
         labels = generated.masked_fill(after_end | (generated == config.pad_token_id), IGNORED)
         return ids, self.log_likelihood(input_ids, attention_mask, labels, task_ids)
 
@@ -234,27 +272,46 @@ class AdaptedModel(nn.Module):
         scored: bool,
     ) -> Decoded:
         encoded = self.encode(input_ids, attention_mask, task_ids)
-        adaptation = encoded.adaptation.for_generation() if encoded.adaptation is not None else None
         lengths = {name: arguments[name] for name in ("max_new_tokens", "min_new_tokens") if name in arguments}
+        adaptation = encoded.for_generation()
         return greedy_decode(self.base, encoded.hidden, attention_mask, adaptation, scored=scored, **lengths)
 
     def trainable_names(self) -> list[str]:
-        """Names of the parameters that train, in the model's order."""
-        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        """Names of the trainable parameters, in the model's order."""
+        return list(self.trainable_parameters())
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name, in the model's order."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def learning_rates(self, default: float) -> dict[str, float]:
-        """Peak learning rates {name of a parameter: rate} that the method wants other than the default."""
+        """Peak learning rates {name of a parameter: rate} where the method does not use the default."""
         return {f"method.{name}": rate for name, rate in self.method.learning_rates(default).items()}
 
-    def save_pretrained(self, folder: str, tensors: dict[str, Tensor] | None = None) -> None:
-        """Export the trainables: see `hdscale.modeling.export.save_pretrained`."""
-        from hdscale.modeling.export import save_pretrained
+    def save_pretrained(self, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
+        """Export the trainable parameters, and the configuration to build the model again with `from_pretrained`.
 
-        save_pretrained(self, folder, tensors)
+        Args:
+            folder: created if it does not exist; its files are replaced one by one, each atomically.
+            tensors: the trainable parameters by name, if they are not the model's own (float32 masters).
+        """
+        if tensors is None:
+            tensors = {name: parameter.detach() for name, parameter in self.trainable_parameters().items()}
+        write_export(self.config, tensors, folder)
+
+    def load_trainables(self, folder: str | Path) -> None:
+        """Copy an export's tensors into the trainable parameters.
+
+        Raises:
+            UserError: for an export of another model, or of other tasks.
+        """
+        if self.method.needs_tasks:
+            check_tasks(self.config.tasks, folder)
+        copy_trainables(folder, self.trainable_parameters())
 
 
 def is_plain_greedy(arguments: dict[str, Any]) -> bool:
-    """Whether `generate`'s arguments ask for greedy search and lengths, and for nothing else."""
+    """Whether the arguments of `generate` only ask for greedy search and limits of the length."""
     return (
         "max_new_tokens" in arguments
         and arguments.keys() <= {"max_new_tokens", "min_new_tokens", "num_beams", "do_sample"}
@@ -271,28 +328,27 @@ def build_model(
     trainable_dtype: torch.dtype | None = None,
     label_smoothing: float = 0.0,
 ) -> AdaptedModel:
-    """The base of `config.model` adapted by `config.method`; only the method's parameters require gradients.
+    """The base of `config.model`, adapted by `config.method`; only the method's parameters require gradients.
 
     Args:
         config: base, method and tasks (not changed).
         dtype: of the base.
-        device: "meta" counts without memory.
-        seed: of whatever is initialised randomly; the caller's random state is left alone.
-        trainable_dtype: of what trains; default: `dtype`. For training in bf16 give float32: the engine makes its
-            float32 masters from these exact values.
+        device: "meta" builds the model without memory, for counting.
+        seed: of random initialisation; the caller's random state does not change.
+        trainable_dtype: of trainable parameters; default: `dtype`. For training in bf16 give float32: the engine copies
+            its float32 masters from these values.
         label_smoothing: of the training loss.
 
     Raises:
-        UserError: for anything in the configuration that does not fit, before weights are loaded.
+        UserError: for anything that is wrong with the configuration, before weights are loaded.
     """
     config = HyperdecoderConfig.from_dict(config.to_dict())
-    cls = method_class(config.method)
-    settled(cls, config)
+    cls = complete_config(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trainable_dtype = trainable_dtype or dtype
         base = load_base(config.model, trainable_dtype if cls.trains_base else dtype, device)
-        # one stream of random numbers for the method whatever the base was, built in or loaded
+        # the method gets the same random numbers whether the base was initialised randomly or loaded
         torch.manual_seed(seed)
         with torch.device(device):
             method = cls(config, base)
@@ -301,7 +357,27 @@ def build_model(
         base.get_parameter(name).requires_grad_(True)
     model = AdaptedModel(config, base, method, label_smoothing)
     if config.model.init_adapter and torch.device(device).type != "meta":
-        from hdscale.modeling.export import load_trainables
+        model.load_trainables(config.model.init_adapter)
+    return model
 
-        load_trainables(model, config.model.init_adapter)
+
+def from_pretrained(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    base: str | None = None,
+) -> AdaptedModel:
+    """Build a model from an export.
+
+    Args:
+        folder: written by `AdaptedModel.save_pretrained`.
+        dtype, device: as for `build_model`.
+        base: hub id or folder of the base, if it has moved.
+
+    Raises:
+        UserError: for a folder that is not an export, tensors that do not fit, or other weights of the base.
+    """
+    model = build_model(read_config(folder, base), dtype, device)
+    if torch.device(device).type != "meta":
+        model.load_trainables(folder)
     return model

@@ -1,7 +1,7 @@
-"""Prefixes: vectors that stand before the keys and values of the self-attention (Li and Liang 2021), generated.
+"""Generated prefixes: vectors in front of the keys and values of the self-attention (Li and Liang 2021).
 
-Keys start near 0, so at first a prefix takes some attention from the tokens and gives nothing for it: unlike adapters
-and LoRA, a new prefix does not leave the base as it was.
+Keys and values start near 0, so at first a prefix takes some attention from the tokens and adds nothing: unlike with
+adapters and LoRA, the untrained model differs from the base.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ class GeneratedPrefix(nn.Module):
     """Heads that turn a code into one layer's keys and values.
 
     Args:
-        heads: H. d_kv: size of a head. length: P. bottleneck: K of the code.
+        heads: H.
+        d_kv: size of a head.
+        length: P.
+        bottleneck: K of the code.
     """
 
     def __init__(self, heads: int, d_kv: int, length: int, bottleneck: int) -> None:
@@ -34,7 +37,8 @@ class GeneratedPrefix(nn.Module):
 
     def forward(self, code: Tensor) -> tuple[Tensor, Tensor]:
         """code [B, K] -> keys and values [B, H, P, d_kv]."""
-        return tuple(linear(code).unflatten(-1, self.shape).transpose(1, 2) for linear in (self.key, self.value))
+        key, value = (linear(code).unflatten(-1, self.shape).transpose(1, 2) for linear in (self.key, self.value))
+        return key, value
 
 
 class GeneratedPrefixAdaptation(Adaptation):
@@ -53,7 +57,7 @@ class GeneratedPrefixAdaptation(Adaptation):
 
 
 class CachedPrefixAdaptation(Adaptation):
-    """Prefixes made once: for each layer keys and values [B, H, P, d_kv]."""
+    """Prefixes generated once: for each layer keys and values [B, H, P, d_kv]."""
 
     adapts_attention = True
 
@@ -64,4 +68,5 @@ class CachedPrefixAdaptation(Adaptation):
         return self.layers[layer]
 
     def select(self, rows: Tensor) -> CachedPrefixAdaptation:
-        return CachedPrefixAdaptation([tuple(part.index_select(0, rows) for part in layer) for layer in self.layers])
+        layers = [(key.index_select(0, rows), value.index_select(0, rows)) for key, value in self.layers]
+        return CachedPrefixAdaptation(layers)

@@ -107,8 +107,8 @@ def counted(config: Config) -> tuple[Any, dict[str, tuple[str, int]], int]:
     """(parameter count, {side: (kind, size)}, parameters of the decoder's hypernetwork heads) on the meta device."""
     import torch
 
-    from hdscale.commands.params import count_parameters
     from hdscale.modeling.model import build_model
+    from hdscale.modeling.parameters import count_parameters
 
     model = build_model(resolve_model(config), dtype=torch.float32, device="meta")
     count = count_parameters(model)

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from hdscale.analysis.paper import CONFIGS, PERCENT_TOLERANCE, paper_table, paper_tables, trained_rows
 from hdscale.analysis.tables import run_name
 from hdscale.commands.cli import main
-from hdscale.commands.params import count_for
 from hdscale.config import load_config, yaml_with_bases
 from hdscale.errors import UserError
+from hdscale.modeling.parameters import count_for
 from hdscale.resolve import resolve_model
 from hdscale.study.spec import load_study
 

@@ -16,7 +16,7 @@ from hdscale.data.batches import Row, collate
 from hdscale.data.micro_batches import deal
 from hdscale.errors import UserError
 from hdscale.modeling import HyperdecoderConfig, build_model
-from hdscale.modeling.methods import method_class
+from hdscale.modeling.methods import check_method
 from tests.helpers.adapted import TASKS, VOCABULARY, method_config, shaken, tiny_base
 
 SIZES = dict(encoder__dim=4, decoder__dim=3, hypernet__bottleneck=6)
@@ -283,7 +283,7 @@ def test_methods_with_an_encoder_for_each_instance_refuse(method, options):
     with pytest.raises(
         UserError, match=f"model.packing=true: method '{method.replace('+', '.')}' .* use model.packing=false"
     ):
-        method_class(config.method).check(config)
+        check_method(config)
 
 
 def test_packing_has_an_attention_of_its_own():

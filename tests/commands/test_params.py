@@ -8,7 +8,7 @@ import time
 import pytest
 
 from hdscale.commands.cli import main
-from hdscale.commands.params import count_for
+from hdscale.modeling.parameters import count_for
 from tests.helpers.adapted import method_config
 
 GLUE = ["cola", "sst2", "stsb", "mrpc", "qqp", "mnli", "qnli", "rte"]

@@ -8,7 +8,6 @@ import torch
 from hdscale.bases.settings import ModelSettings
 from hdscale.modeling import build_model
 from hdscale.modeling.convert import convert_state
-from hdscale.modeling.export import save_pretrained
 from tests.helpers.adapted import (
     direct_logits,
     double_model,
@@ -214,7 +213,7 @@ def test_released_state_dict(base_v1_1, tmp_path):
 
     state = released_state(base_v1_1)
     config, trainables = convert_state(state, ModelSettings(str(base_v1_1)))
-    save_pretrained(build_model(config, device="meta"), tmp_path, trainables)
+    build_model(config, device="meta").save_pretrained(tmp_path, trainables)
     model, batch = from_pretrained(tmp_path).eval(), random_batch()
     w = {name: value.double() for name, value in state.items()}
 

@@ -202,7 +202,7 @@ def test_export_names_the_base_and_moves_with_it(base, tmp_path):
         (moved / path.name).write_bytes(path.read_bytes())
     from_pretrained(tmp_path / "export", base=str(moved))
     other = tiny_base(tmp_path / "other", "v1.0")
-    with pytest.raises(UserError, match="was trained on other base weights"):
+    with pytest.raises(UserError, match="was trained with other base weights"):
         from_pretrained(tmp_path / "export", base=str(other))
 
 

@@ -137,14 +137,14 @@ def test_doctor(capsys):
             "built",
         )
     assert main(["doctor"]) == 0
-    assert "method.backend=auto computes with: cpp on CPU" in capsys.readouterr().out
+    assert "method.backend=auto uses:\n  on a CPU: cpp\n" in capsys.readouterr().out
 
 
 def test_doctor_without_a_compiler(cache, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert main(["doctor", "--build"]) == 1
     out = capsys.readouterr().out
-    assert "no-such-compiler --version fails" in out and "computes with: torch on CPU" in out
+    assert "no-such-compiler --version fails" in out and "on a CPU: torch\n" in out
 
 
 def test_shapes_of_the_benchmark():

@@ -1,9 +1,10 @@
-"""`method.budget`: the size of a method that trains a given share of the base, so that methods are compared at equal cost."""
+"""`method.budget`: the size with which a method trains a given share of the base, to compare methods at equal cost."""
 
 from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -11,17 +12,18 @@ from hdscale.bases.base import load_base
 from hdscale.bases.settings import ModelSettings
 from hdscale.errors import UserError, nearest
 from hdscale.modeling.config import HyperdecoderConfig
-from hdscale.modeling.methods.interface import Method, set_option
+from hdscale.modeling.methods.interface import Method
+from hdscale.modeling.methods.options import set_option
 
 LARGEST = 1 << 20
-"""No size is looked for beyond this."""
+"""Largest size that is tried."""
 
 
 def parse_budget(text: str) -> tuple[float, float]:
-    """The share in percent of "2.9%", and how far from it counts as met: half a unit of the last digit written.
+    """The share of "2.9%" in percent, and the tolerance within which it is met: half a unit of its last digit.
 
     Raises:
-        UserError: for anything else.
+        UserError: for text of another form.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.(\d+))?)\s*%\s*", text)
     if match is None or not 0.0 < float(match[1]) <= 100.0:
@@ -30,10 +32,11 @@ def parse_budget(text: str) -> tuple[float, float]:
 
 
 class Counter:
-    """Counts the trainable parameters of a method for any sizes, over a base on the meta device.
+    """Counts the trainable parameters of a method for any sizes, with a base on the meta device.
 
     Args:
-        cls: the method. config: base, method and tasks.
+        cls: the method.
+        config: base, method and tasks.
     """
 
     def __init__(self, cls: type[Method], config: HyperdecoderConfig) -> None:
@@ -54,13 +57,14 @@ class Counter:
 
 
 def solve_budget(cls: type[Method], config: HyperdecoderConfig) -> None:
-    """Set the method's free size so that it trains `method.budget` of the base, and clear the budget.
+    """Set one size of the method so that it trains `method.budget` of the base, and clear the budget.
 
     Args:
-        cls: the method. config: changed in place, so that an export holds the size itself.
+        cls: the method.
+        config: changed in place, so that an export contains the size itself.
 
     Raises:
-        UserError: for a share that no size gives, naming the nearest; for a method without a free size.
+        UserError: for a share that no size gives, with the nearest that one does; for a method without such a size.
     """
     method = config.method
     if method.budget is None:
@@ -73,10 +77,10 @@ def solve_budget(cls: type[Method], config: HyperdecoderConfig) -> None:
         raise UserError(f"method.budget={method.budget}: method '{method.name}' has no size to solve for; leave it out")
     keys = choices[0]
     if method.solve is not None:
-        known = {key: choice for choice in choices for key in choice}
+        known = [key for choice in choices for key in choice]
         if method.solve not in known:
             raise UserError(
-                f"method.solve={method.solve}: no size of method '{method.name}'{nearest(method.solve, known)}"
+                f"method.solve={method.solve}: not a size of method '{method.name}'{nearest(method.solve, known)}"
             )
         keys = [method.solve]
     counter = Counter(cls, config)
@@ -93,8 +97,8 @@ def solve_budget(cls: type[Method], config: HyperdecoderConfig) -> None:
     method.budget = method.solve = None
 
 
-def nearest_size(percent, wanted: float) -> int:
-    """The size from 1 whose share, which grows with the size, is nearest to `wanted`."""
+def nearest_size(percent: Callable[[int], float], wanted: float) -> int:
+    """The size, at least 1, whose share is nearest to `wanted`; the share grows with the size."""
     low, high = 1, 2
     if percent(low) >= wanted:
         return low

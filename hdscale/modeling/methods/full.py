@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter of the base trains (tied ones once)."""
+"""Full fine-tuning: every parameter of the base is trained (tied ones once)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hdscale.modeling.settings import MethodSettings
 
 
 class FullFinetuning(Method):
-    """The base itself, all of it trained."""
+    """The base itself, with every parameter trained."""
 
     trains_base = True
 

@@ -1,25 +1,28 @@
 """Hyperformer and Hyperformer++ (Karimi Mahabadi et al. 2021): adapters after the sub-layers, generated from a task.
 
 An adapter follows the self-attention and the feed-forward of every block of both stacks, before dropout and residual:
-`y + LayerNorm(up(gelu(down(y))))`, with all of its weights and the LayerNorm's generated. T5's own layer norms train too.
-Three forms: `hyperformer` with a hypernetwork a stack and heads for each of the two places (as released), the same with
-a pair of hypernetworks a layer straight from the task embedding, and `hyperformer++`, in which both places share the heads.
+`y + LayerNorm(up(gelu(down(y))))`. All of its weights and those of its LayerNorm are generated. T5's own layer norms are
+trained as well. There are three forms: `hyperformer` with one hypernetwork per stack and heads for each of the two places
+(as released), the same with a pair of hypernetworks per layer that read the task embedding directly, and `hyperformer++`,
+in which both places share the heads.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import T5ForConditionalGeneration
 
-from hdscale.bases.interface import Adaptation
+from hdscale.bases.base import stack_sizes
+from hdscale.bases.interface import Adaptation, StackSizes
 from hdscale.errors import UserError, nearest
 from hdscale.modeling.conditioning import TaskEmbedding, task_rows, with_unseen_task
 from hdscale.modeling.config import HyperdecoderConfig
-from hdscale.modeling.methods.interface import Encode, Method
-from hdscale.modeling.settings import MethodSettings
+from hdscale.modeling.methods.interface import Method, RunEncoder, required
+from hdscale.modeling.settings import HyperformerSettings, MethodSettings
 from hdscale.ops import group_by_instance
 
 PLACES = ("attention", "feed_forward")
@@ -38,12 +41,12 @@ class NormedAdapters(NamedTuple):
     norm_bias: Tensor  # [B, D]
 
     def rows(self, index: Tensor) -> NormedAdapters:
-        """The adapters of the tasks that `index` [B] names."""
+        """The adapters of the tasks with indices `index` [B]."""
         return NormedAdapters(*(tensor.index_select(0, index) for tensor in self))
 
 
 def apply_normed_adapter(y: Tensor, weights: NormedAdapters) -> Tensor:
-    """`y + LayerNorm(up(gelu(down(y))))`: y [R, T, D], the adapters of B instances -> [R, T, D]."""
+    """`y + LayerNorm(up(gelu(down(y))))`: y [R, T, D], adapters of B instances -> [R, T, D]."""
     grouped = group_by_instance(y, weights.down.shape[0])
     hidden = torch.baddbmm(weights.down_bias.unsqueeze(1), grouped, weights.down)
     hidden = functional.gelu(hidden, approximate="tanh")
@@ -64,7 +67,7 @@ class NormedAdapterHeads(nn.Module):
         self.up_bias = nn.Linear(code, d_model)
         self.norm_weight = nn.Linear(code, d_model)
         self.norm_bias = nn.Linear(code, d_model)
-        for linear in self.children():
+        for linear in (self.down, self.down_bias, self.up, self.up_bias, self.norm_weight, self.norm_bias):
             nn.init.normal_(linear.weight, std=INIT_STD)
             nn.init.zeros_(linear.bias)
 
@@ -80,12 +83,12 @@ class NormedAdapterHeads(nn.Module):
         )
 
     def forward(self, y: Tensor, codes: Tensor, index: Tensor) -> Tensor:
-        """y [B, T, D], codes [tasks, code], index [B] into them -> [B, T, D]: generated once a task, not an instance."""
+        """y [B, T, D], codes [tasks, code], index [B] into them -> [B, T, D]; generated per task, not per instance."""
         return apply_normed_adapter(y, self.generate(codes).rows(index))
 
 
 class CodeNetwork(nn.Module):
-    """Joins the embeddings of task, layer and (in `++`) place into a code: Linear, ReLU, Linear, LayerNorm."""
+    """Turns the embeddings of task, layer and (in `++`) place into a code: Linear, ReLU, Linear, LayerNorm."""
 
     def __init__(self, layers: int, embedding: int, hidden: int, places: bool) -> None:
         super().__init__()
@@ -108,22 +111,27 @@ class CodeNetwork(nn.Module):
 
 
 class HyperformerStack(nn.Module):
-    """What adapts one stack.
+    """Adapts one stack.
 
     Args:
-        form: "shared" (`++`), "stack" or "layer". layers: N. d_model: D. dim: adapter size A.
-        embedding: size of embeddings and code. hidden: of the code network.
+        form: "shared" (`++`), "stack" or "layer".
+        settings: adapter size, size of embeddings and code, and size of the code network.
+        sizes: of the stack.
     """
 
-    def __init__(self, form: str, layers: int, d_model: int, dim: int, embedding: int, hidden: int) -> None:
+    def __init__(self, form: str, settings: HyperformerSettings, sizes: StackSizes) -> None:
         super().__init__()
-        self.form, self.count = form, layers
-        heads = {"shared": 1, "stack": len(PLACES), "layer": layers * len(PLACES)}[form]
-        self.heads = nn.ModuleList(NormedAdapterHeads(d_model, dim, embedding) for _ in range(heads))
-        self.codes = None if form == "layer" else CodeNetwork(layers, embedding, hidden, places=form == "shared")
+        self.form, self.count = form, sizes.layers
+        heads = {"shared": 1, "stack": len(PLACES), "layer": sizes.layers * len(PLACES)}[form]
+        self.heads = nn.ModuleList(
+            NormedAdapterHeads(sizes.d_model, settings.dim, settings.embedding) for _ in range(heads)
+        )
+        self.codes: CodeNetwork | None = None
+        if form != "layer":
+            self.codes = CodeNetwork(sizes.layers, settings.embedding, settings.hidden, places=form == "shared")
 
     def adaptation(self, tasks: Tensor, index: Tensor) -> HyperformerAdaptation:
-        """For the embeddings [M, embedding] of the tasks, and each instance's task [B]."""
+        """The stack's adaptation for the embeddings [M, embedding] of the tasks, and each instance's task [B]."""
         if self.codes is None:
             codes = tasks.expand(self.count, 1, *tasks.shape)
         else:
@@ -131,7 +139,9 @@ class HyperformerStack(nn.Module):
         return HyperformerAdaptation(self, codes, index)
 
     def heads_of(self, layer: int, place: int) -> NormedAdapterHeads:
-        return self.heads[{"shared": 0, "stack": place, "layer": layer * len(PLACES) + place}[self.form]]
+        """The heads that generate a layer's adapter after the self-attention (0) or the feed-forward (1)."""
+        index = {"shared": 0, "stack": place, "layer": layer * len(PLACES) + place}[self.form]
+        return cast(NormedAdapterHeads, self.heads[index])
 
 
 class HyperformerAdaptation(Adaptation):
@@ -165,7 +175,7 @@ class HyperformerAdaptation(Adaptation):
 
 
 class CachedHyperformerAdaptation(Adaptation):
-    """Adapters of B instances made once: [layer][place]."""
+    """Adapters of B instances, generated once: [layer][place]."""
 
     def __init__(self, layers: list[list[NormedAdapters]]) -> None:
         self.layers = layers
@@ -181,24 +191,21 @@ class CachedHyperformerAdaptation(Adaptation):
 
 
 class Hyperformer(Method):
-    """Task-conditioned adapters after attention and feed-forward in both stacks; T5's layer norms train."""
+    """Task-conditioned adapters after attention and feed-forward in both stacks; T5's layer norms are trained."""
 
     needs_tasks = True
     trains_base = True
 
-    def __init__(self, config: HyperdecoderConfig, base: nn.Module) -> None:
+    def __init__(self, config: HyperdecoderConfig, base: T5ForConditionalGeneration) -> None:
         super().__init__(config, base)
-        settings = config.method.hyperformer
+        settings, form = config.method.hyperformer, self.form(config)
         self.task_embedding = TaskEmbedding(len(config.tasks), settings.embedding)
-        for name, layers in (("encoder", base.config.num_layers), ("decoder", base.config.num_decoder_layers)):
-            stack = HyperformerStack(
-                self.form(config), layers, base.config.d_model, settings.dim, settings.embedding, settings.hidden
-            )
-            self.add_module(name, stack)
+        self.encoder = HyperformerStack(form, settings, stack_sizes(base.config, "encoder"))
+        self.decoder = HyperformerStack(form, settings, stack_sizes(base.config, "decoder"))
 
     @classmethod
     def form(cls, config: HyperdecoderConfig) -> str:
-        """Which heads there are: see `HyperformerStack`."""
+        """The form of the stacks: see `HyperformerStack`."""
         return config.method.hyperformer.form
 
     @classmethod
@@ -220,13 +227,13 @@ class Hyperformer(Method):
         if not config.tasks:
             raise UserError(f"method.name={config.method.name} needs the names of the tasks that it is trained on")
 
-    def tasks_and_index(self, task_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of all tasks and of an unseen one [tasks + 1, embedding], and each instance's row among them [B]."""
+    def tasks_and_index(self, task_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embeddings of all tasks and of an unseen one [tasks + 1, embedding], and the index of each instance's [B]."""
         weight = self.task_embedding.weight
-        return with_unseen_task(weight), task_rows(task_ids, weight.shape[0])
+        return with_unseen_task(weight), task_rows(required(task_ids), weight.shape[0])
 
-    def encode(self, encode: Encode, mask: Tensor, task_ids: Tensor | None) -> Tensor:
-        return encode(self.encoder.adaptation(*self.tasks_and_index(task_ids)))
+    def encode(self, run_encoder: RunEncoder, mask: Tensor, task_ids: Tensor | None) -> Tensor:
+        return run_encoder(self.encoder.adaptation(*self.tasks_and_index(task_ids)))
 
     def decoder_adaptation(self, hidden: Tensor, mask: Tensor, task_ids: Tensor | None) -> Adaptation:
         return self.decoder.adaptation(*self.tasks_and_index(task_ids))
@@ -236,7 +243,7 @@ class Hyperformer(Method):
 
 
 class HyperformerPlusPlus(Hyperformer):
-    """Hyperformer with one set of heads a stack for both places, told apart by a place embedding."""
+    """Hyperformer with one set of heads per stack for both places, which have different place embeddings."""
 
     @classmethod
     def form(cls, config: HyperdecoderConfig) -> str:

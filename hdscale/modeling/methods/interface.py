@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import T5ForConditionalGeneration
 
 from hdscale.bases.interface import Adaptation
-from hdscale.errors import UserError
 from hdscale.modeling.conditioning import masked_mean
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.settings import MethodSettings
 
-Encode = Callable[[Adaptation | None], Tensor]
-"""Runs the base's encoder on the batch at hand with an adaptation: -> hidden states [B, S, D]."""
+RunEncoder = Callable[[Adaptation | None], Tensor]
+"""Runs the base's encoder on the current batch with an adaptation: -> hidden states [B, S, D]."""
 
 
 class Method(nn.Module):
-    """An adaptation method: its trainables, and how they adapt the two stacks for a batch.
+    """An adaptation method: its trainable parameters, and how they adapt the two stacks for a batch.
 
     Args:
         config: base, method and tasks.
@@ -28,14 +26,14 @@ class Method(nn.Module):
     """
 
     needs_tasks = False
-    """Whether task ids condition the method (then a batch must bring them)."""
+    """Whether the method is conditioned on task ids, so that every batch needs them."""
     trains_base = False
-    """Whether some of the base's own parameters train (`base_trainables`)."""
+    """Whether some of the base's own parameters may be trained (see `base_trainables`)."""
 
     fixed: dict[str, Any] = {}
-    """Options of `method.*` whose values the method's name decides."""
+    """Options of `method.*` whose values follow from the method's name."""
 
-    def __init__(self, config: HyperdecoderConfig, base: nn.Module) -> None:
+    def __init__(self, config: HyperdecoderConfig, base: T5ForConditionalGeneration) -> None:
         super().__init__()
 
     @classmethod
@@ -45,7 +43,7 @@ class Method(nn.Module):
 
     @classmethod
     def sizes(cls, settings: MethodSettings) -> list[list[str]]:
-        """Sizes that a budget can solve for, each a list of keys that take one value; the default first."""
+        """Sizes that a budget can solve for, each a list of keys that get the same value; the default first."""
         return []
 
     @classmethod
@@ -55,115 +53,40 @@ class Method(nn.Module):
 
     @classmethod
     def check_values(cls, config: HyperdecoderConfig) -> None:
-        """Raise UserError for values that mean nothing to the method."""
+        """Raise UserError for values of options that do not fit each other, the base, or the tasks."""
 
-    @classmethod
-    def check(cls, config: HyperdecoderConfig) -> None:
-        """Raise UserError for whatever is wrong with `method.*`, the budget included; nothing is loaded or changed."""
-        settled(cls, copy.deepcopy(config))
-
-    def encode(self, encode: Encode, mask: Tensor, task_ids: Tensor | None) -> Tensor:
+    def encode(self, run_encoder: RunEncoder, mask: Tensor, task_ids: Tensor | None) -> Tensor:
         """Hidden states [B, S, D] of the adapted encoder.
 
         Args:
-            encode: runs the base's encoder with an adaptation.
+            run_encoder: runs the base's encoder with an adaptation.
             mask: [B, S], 1 for tokens and 0 for padding.
             task_ids: [B], or None.
         """
-        return encode(None)
+        return run_encoder(None)
 
     def decoder_adaptation(self, hidden: Tensor, mask: Tensor, task_ids: Tensor | None) -> Adaptation | None:
-        """What adapts the decoder, given the encoding [B, S, D]."""
+        """The decoder's adaptation, given the encoding [B, S, D]."""
         return None
 
     def embed(self, hidden: Tensor, mask: Tensor, task_ids: Tensor | None) -> Tensor:
-        """The vector [B, D] that conditions the decoder; the masked mean where nothing does."""
+        """The vector [B, D] that conditions the decoder; the masked mean for methods without conditioning."""
         return masked_mean(hidden, mask)
 
     def learning_rates(self, default: float) -> dict[str, float]:
-        """Peak learning rates {name of a parameter of the method: rate} where they differ from `train.learning_rate`."""
+        """Peak learning rates {parameter of the method: rate} that differ from `train.learning_rate`."""
         return {}
 
     def parts(self) -> dict[str, int]:
-        """Trainable parameters of the method by part, for `hdscale params`."""
+        """Number of trainable parameters by part of the method, for `hdscale params`."""
         return {name: sum(p.numel() for p in module.parameters()) for name, module in self.named_children()}
 
     def base_trainables(self, base: nn.Module) -> list[str]:
-        """Names of the base's own parameters that the method trains (none, for most)."""
+        """Names of the base's own parameters that the method trains (for most methods none)."""
         return []
 
 
-def settled(cls: type[Method], config: HyperdecoderConfig) -> None:
-    """Refuse options that a method does not have, put in what its name decides, check the rest, and meet the budget.
-
-    Args:
-        cls: the method. config: changed in place.
-
-    Raises:
-        UserError: naming the option; before anything is loaded.
-    """
-    from hdscale.modeling.methods.budget import solve_budget
-
-    settings, defaults = config.method, MethodSettings()
-    has = [key for key in method_keys() if any(key == o or key.startswith(f"{o}.") for o in cls.options(settings))]
-    for key in method_keys():
-        value = get_option(settings, key)
-        if key in ("name", "budget", "solve", *has) or value == get_option(defaults, key):
-            continue
-        if key in cls.fixed:
-            if value != cls.fixed[key]:
-                raise UserError(
-                    f"method.{key}={value}: '{settings.name}' means {cls.fixed[key]} here; "
-                    f"leave it out, or set method.name=hyperdecoder to choose"
-                )
-        else:
-            known = f"it has {', '.join(has)}" if has else "it has none"
-            raise UserError(f"method.{key}={value}: method '{settings.name}' as configured has no such option; {known}")
-    for key, value in cls.fixed.items():
-        set_option(settings, key, value)
-    cls.check_values(config)
-    check_packing(cls, config)
-    solve_budget(cls, config)
-
-
-def check_packing(cls: type[Method], config: HyperdecoderConfig) -> None:
-    """Refuse `model.packing` where it cannot be.
-
-    Raises:
-        UserError: naming the reason.
-    """
-    if not config.model.packing:
-        return
-    if config.model.attention != "sdpa":
-        raise UserError(
-            f"model.packing=true has an attention of its own: leave out model.attention={config.model.attention}"
-        )
-    if cls.encoder_knows_instances(config.method):
-        raise UserError(
-            f"model.packing=true: method '{config.method.name}' as configured adapts the encoder for each instance, and a packed "
-            "encoder has one sequence for all; use model.packing=false, or learned adapters in the encoder"
-        )
-
-
-def method_keys(settings: type = MethodSettings, prefix: str = "") -> list[str]:
-    """The dotted keys of every option of `method.*`."""
-    keys: list[str] = []
-    for field in dataclasses.fields(settings):
-        name = prefix + field.name
-        keys += method_keys(field.type, f"{name}.") if dataclasses.is_dataclass(field.type) else [name]
-    return keys
-
-
-def get_option(settings: MethodSettings, key: str) -> Any:
-    """The value of a dotted key of `method.*`."""
-    for name in key.split("."):
-        settings = getattr(settings, name)
-    return settings
-
-
-def set_option(settings: MethodSettings, key: str, value: Any) -> None:
-    """Set a dotted key of `method.*`."""
-    *parents, last = key.split(".")
-    for name in parents:
-        settings = getattr(settings, name)
-    setattr(settings, last, value)
+def required(task_ids: Tensor | None) -> Tensor:
+    """The task ids of a method that needs them; `AdaptedModel.encode` has checked that they are given."""
+    assert task_ids is not None
+    return task_ids

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from transformers import T5ForConditionalGeneration
 
-from hdscale.bases.interface import Adaptation
+from hdscale.bases.base import stack_sizes
+from hdscale.bases.interface import Adaptation, StackSizes
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.lora import LoraAdaptation, LoraLinear, adapted_linears, check_lora
-from hdscale.modeling.methods.interface import Encode, Method
-from hdscale.modeling.settings import MethodSettings
+from hdscale.modeling.methods.interface import Method, RunEncoder
+from hdscale.modeling.settings import LoraSettings, MethodSettings
+
+
+def lora_layers(lora: LoraSettings, sizes: StackSizes) -> nn.ModuleList:
+    """For each layer of a stack the updates of its linears by key; q and v of every attention by default."""
+    scale = 1.0 if lora.alpha is None else lora.alpha / lora.rank
+    linears = adapted_linears(sizes, lora.targets or "qv", lora.attention or "all")
+    return nn.ModuleList(
+        nn.ModuleDict({key: LoraLinear(d_in, d_out, lora.rank, scale) for key, d_in, d_out in linears})
+        for _ in range(sizes.layers)
+    )
 
 
 class Lora(Method):
-    """One update for all tasks; q and v of every attention unless configured otherwise."""
+    """Learned updates that all tasks share."""
 
-    def __init__(self, config: HyperdecoderConfig, base: nn.Module) -> None:
+    def __init__(self, config: HyperdecoderConfig, base: T5ForConditionalGeneration) -> None:
         super().__init__(config, base)
-        lora = config.method.lora
-        scale = 1.0 if lora.alpha is None else lora.alpha / lora.rank
-        for name, layers in (("encoder", base.config.num_layers), ("decoder", base.config.num_decoder_layers)):
-            linears = adapted_linears(base.config, name == "decoder", lora.targets or "qv", lora.attention or "all")
-            self.add_module(
-                name,
-                nn.ModuleList(
-                    nn.ModuleDict({key: LoraLinear(d_in, d_out, lora.rank, scale) for key, d_in, d_out in linears})
-                    for _ in range(layers)
-                ),
-            )
+        self.encoder = lora_layers(config.method.lora, stack_sizes(base.config, "encoder"))
+        self.decoder = lora_layers(config.method.lora, stack_sizes(base.config, "decoder"))
 
     @classmethod
     def options(cls, settings: MethodSettings) -> list[str]:
@@ -44,8 +47,8 @@ class Lora(Method):
     def check_values(cls, config: HyperdecoderConfig) -> None:
         check_lora(config.method.lora)
 
-    def encode(self, encode: Encode, mask: Tensor, task_ids: Tensor | None) -> Tensor:
-        return encode(LoraAdaptation(self.encoder))
+    def encode(self, run_encoder: RunEncoder, mask: Tensor, task_ids: Tensor | None) -> Tensor:
+        return run_encoder(LoraAdaptation(self.encoder))
 
     def decoder_adaptation(self, hidden: Tensor, mask: Tensor, task_ids: Tensor | None) -> Adaptation:
         return LoraAdaptation(self.decoder)

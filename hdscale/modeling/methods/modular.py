@@ -1,24 +1,27 @@
-"""The modular task hypernetwork (Ponti et al. 2022; A.3): each task mixes skills, each skill a LoRA of every linear.
+"""The modular task hypernetwork (Ponti et al. 2022; A.3): each task mixes skills; a skill is a LoRA of every linear.
 
-As in its authors' code the mixture is drawn anew for every linear and every instance: a relaxed Bernoulli sample in
-training, its probability in evaluation, divided by the sum over the skills. The averages of A and of B are taken apart
-from each other. The allocation Z learns at a rate of its own.
+As in its authors' code, the mixture is drawn separately for every linear and every instance: a relaxed Bernoulli sample
+in training, its probability in evaluation, divided by the sum over the skills. A and B are averaged separately. The
+allocation Z has its own learning rate.
 """
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import RelaxedBernoulli
+from transformers import T5ForConditionalGeneration
 
-from hdscale.bases.interface import Adaptation
+from hdscale.bases.base import stack_sizes
+from hdscale.bases.interface import Adaptation, StackSizes
 from hdscale.errors import UserError
 from hdscale.modeling.conditioning import task_rows, with_unseen_task
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.lora import CachedLoraAdaptation, adapted_linears, apply_low_rank, check_lora, linear_key
-from hdscale.modeling.methods.interface import Encode, Method
+from hdscale.modeling.methods.interface import Method, RunEncoder, required
 from hdscale.modeling.settings import MethodSettings
 
 LOGITS_BOUND = 1e-3
@@ -48,7 +51,7 @@ class SkillLora(nn.Module):
 
 
 class SkillAllocation(nn.Module):
-    """Z of one stack: how much of each skill a task uses, for every adapted linear by itself."""
+    """Z of one stack: how much of each skill a task uses, separately for every adapted linear."""
 
     def __init__(self, linears: int, tasks: int, skills: int, temperature: float) -> None:
         super().__init__()
@@ -56,7 +59,7 @@ class SkillAllocation(nn.Module):
         self.logits = nn.Parameter(torch.empty(linears, tasks, skills).uniform_(-LOGITS_BOUND, LOGITS_BOUND))
 
     def forward(self, task_ids: Tensor) -> Tensor:
-        """task_ids [B] -> weights [linears, B, skills], each row of sum 1; task id -1: from the mean of the logits."""
+        """task_ids [B] -> weights [linears, B, skills] with rows of sum 1; task id -1: from the mean of the logits."""
         by_task = self.logits.float().transpose(0, 1)  # [tasks, linears, skills]
         logits = with_unseen_task(by_task)[task_rows(task_ids, by_task.shape[0])].transpose(0, 1)
         if self.training:
@@ -71,28 +74,33 @@ class SkillAllocation(nn.Module):
 class SkillStack(nn.Module):
     """Skills and allocation of one stack."""
 
-    def __init__(self, config: HyperdecoderConfig, base_config, decoder: bool) -> None:
+    def __init__(self, config: HyperdecoderConfig, sizes: StackSizes) -> None:
         super().__init__()
         lora, modular = config.method.lora, config.method.modular
-        layers = base_config.num_decoder_layers if decoder else base_config.num_layers
-        linears = adapted_linears(base_config, decoder, lora.targets or "qkvo", lora.attention or "all")
+        linears = adapted_linears(sizes, lora.targets or "qkvo", lora.attention or "all")
         scale = (1.0 if lora.alpha is None else lora.alpha) / lora.rank
         self.keys = [linear.key for linear in linears]
         self.layers = nn.ModuleList(
             nn.ModuleDict(
                 {key: SkillLora(modular.skills, d_in, d_out, lora.rank, scale) for key, d_in, d_out in linears}
             )
-            for _ in range(layers)
+            for _ in range(sizes.layers)
         )
-        self.allocation = SkillAllocation(layers * len(linears), len(config.tasks), modular.skills, modular.temperature)
+        self.allocation = SkillAllocation(
+            sizes.layers * len(linears), len(config.tasks), modular.skills, modular.temperature
+        )
 
     def adaptation(self, task_ids: Tensor) -> SkillAdaptation | None:
-        """The stack's adaptation for a batch of tasks [B]; None where none of its linears is adapted."""
+        """The stack's adaptation for a batch of tasks [B]; None if none of its linears is adapted."""
         return SkillAdaptation(self, self.allocation(task_ids)) if self.keys else None
+
+    def skills_of(self, layer: int, key: str) -> SkillLora:
+        """The skills of one linear."""
+        return cast(SkillLora, cast(nn.ModuleDict, self.layers[layer])[key])
 
 
 class SkillAdaptation(Adaptation):
-    """Averages of skills, for weights [linears, B, skills]; the linears of a layer lie side by side."""
+    """Averages of skills, for weights [linears, B, skills]; the linears of a layer are adjacent."""
 
     adapts_attention = True
 
@@ -107,13 +115,13 @@ class SkillAdaptation(Adaptation):
         key = linear_key(attention, name)
         if key not in self.stack.keys:
             return y
-        return y + self.stack.layers[layer][key](x, self.weights_of(layer, key))
+        return y + self.stack.skills_of(layer, key)(x, self.weights_of(layer, key))
 
     def for_generation(self) -> CachedLoraAdaptation:
         return CachedLoraAdaptation(
             [
-                {key: module.combine(self.weights_of(layer, key)) for key, module in modules.items()}
-                for layer, modules in enumerate(self.stack.layers)
+                {key: self.stack.skills_of(layer, key).combine(self.weights_of(layer, key)) for key in self.stack.keys}
+                for layer in range(len(self.stack.layers))
             ]
         )
 
@@ -123,11 +131,11 @@ class Modular(Method):
 
     needs_tasks = True
 
-    def __init__(self, config: HyperdecoderConfig, base: nn.Module) -> None:
+    def __init__(self, config: HyperdecoderConfig, base: T5ForConditionalGeneration) -> None:
         super().__init__(config, base)
         self.rate = config.method.modular.learning_rate
-        self.encoder = SkillStack(config, base.config, decoder=False)
-        self.decoder = SkillStack(config, base.config, decoder=True)
+        self.encoder = SkillStack(config, stack_sizes(base.config, "encoder"))
+        self.decoder = SkillStack(config, stack_sizes(base.config, "decoder"))
 
     @classmethod
     def options(cls, settings: MethodSettings) -> list[str]:
@@ -150,11 +158,11 @@ class Modular(Method):
         if not config.tasks:
             raise UserError("method.name=modular needs the names of the tasks that it is trained on")
 
-    def encode(self, encode: Encode, mask: Tensor, task_ids: Tensor | None) -> Tensor:
-        return encode(self.encoder.adaptation(task_ids))
+    def encode(self, run_encoder: RunEncoder, mask: Tensor, task_ids: Tensor | None) -> Tensor:
+        return run_encoder(self.encoder.adaptation(required(task_ids)))
 
     def decoder_adaptation(self, hidden: Tensor, mask: Tensor, task_ids: Tensor | None) -> Adaptation | None:
-        return self.decoder.adaptation(task_ids)
+        return self.decoder.adaptation(required(task_ids))
 
     def learning_rates(self, default: float) -> dict[str, float]:
         return {name: self.rate for name, _ in self.named_parameters() if name.endswith("allocation.logits")}

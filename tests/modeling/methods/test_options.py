@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hdscale.commands.params import count_for
 from hdscale.errors import UserError
 from hdscale.modeling import HyperdecoderConfig, build_model
-from hdscale.modeling.methods import METHODS
+from hdscale.modeling.methods import METHODS, check_method
 from hdscale.modeling.methods.budget import nearest_size, parse_budget
+from hdscale.modeling.parameters import count_for
 from tests.helpers.adapted import TASKS, method_config, random_batch, shaken, tiny_base
 
 LARGE = "t5-v1_1-large"
@@ -42,7 +42,7 @@ def base(tmp_path_factory):
 )
 def test_options_that_a_method_does_not_have_are_refused(base, name, options):
     key = list(options)[-1]
-    pattern = rf"method.{key.replace('__', '.')}=.*'{name}' as configured has no such option; it has"
+    pattern = rf"method.{key.replace('__', '.')}=.*'{name}' as configured has no such option; its options are"
     with pytest.raises(UserError, match=pattern.replace("+", r"\+")) as caught:
         build_model(method_config(base, name, **options))
     assert "\n" not in str(caught.value)
@@ -52,7 +52,7 @@ def test_options_that_a_method_does_not_have_are_refused(base, name, options):
 def test_a_preset_decides_its_kinds(base, name, kind, wrong):
     model = build_model(method_config(base, name))
     assert model.config.method.encoder.adapter == model.config.method.decoder.adapter == kind
-    with pytest.raises(UserError, match=f"'{name}' means {kind} here"):
+    with pytest.raises(UserError, match=f"'{name}' always has {kind} here"):
         build_model(method_config(base, name, encoder__adapter=wrong))
 
 
@@ -99,7 +99,7 @@ def test_bad_values(base, name, options, message):
         assert len(build_model(config).method.decoder.shared_adapters) == 1
         return
     with pytest.raises(UserError, match=message):
-        METHODS[name].check(config)
+        check_method(config)
 
 
 @pytest.mark.parametrize("name", ["task_hypernet", "modular", "hyperformer", "hyperformer++", "hyperprompt"])
@@ -180,7 +180,7 @@ def test_budget_is_met_by_every_method(name):
 )
 def test_budgets_that_cannot_be_met(name, options, message):
     with pytest.raises(UserError, match=message):
-        METHODS[name].check(method_config(LARGE, name, **options))
+        check_method(method_config(LARGE, name, **options))
 
 
 def test_budget_arithmetic():

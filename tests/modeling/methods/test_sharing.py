@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hdscale.commands.params import count_for
 from hdscale.config import load_config
 from hdscale.data.mixture import Mixture
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks import expand_tasks
+from hdscale.modeling.parameters import count_for
 from hdscale.resolve import resolve_model
 from tests.helpers.places import ROOT
 

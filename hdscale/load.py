@@ -169,7 +169,8 @@ class Seq2Seq(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None = None, **arguments: Any
     ) -> Tensor:
         """Token ids [B, T'], the decoder's start token first."""
-        return self.base.generate(input_ids=input_ids, attention_mask=attention_mask, **arguments)
+        base: Any = self.base
+        return base.generate(input_ids=input_ids, attention_mask=attention_mask, **arguments)
 
     def log_likelihood(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, task_ids: Tensor | None = None

@@ -1,4 +1,4 @@
-"""The training step under DeepSpeed: the gradient of one global batch, however it is cut into ranks and micro-batches."""
+"""The training step under DeepSpeed: one global batch's gradient, however it is cut into ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class PendingStep:
         """The step's numbers, once the device has computed them.
 
         Raises:
-            NonFiniteError: on every rank, if the loss or the gradient was not finite. The update may have been made with
-                it: neither save the engine nor train on.
+            NonFiniteError: on every rank, if the loss or the gradient was not finite. The update may have been made
+                with it: neither save the engine nor train on.
         """
         if self._ready is not None:
             self._ready.synchronize()
@@ -211,7 +211,7 @@ class Engine:
             self.module.train()
 
     def trainable_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, fp32 master on the CPU) of each trainable, one after the other. Collective: every rank must iterate."""
+        """(name, fp32 master on the CPU) of each trainable in turn. Collective: every rank must iterate."""
         for name, parameter in self.parameters.items():
             yield name, zero.full_master(parameter).detach().cpu()
 

@@ -89,8 +89,8 @@ def read_environment(environ: Mapping[str, str] = os.environ) -> Launch:
         launch = from_rank_variables(environ, "environment")
     else:
         # in a batch script or an salloc shell, without srun: one process, whatever the allocation's size
-        job = environ.get("SLURM_JOB_ID", "")
-        launch = Launch("none", job=f"(inside SLURM job {job}, but not by srun)" if job else "")
+        allocation = environ.get("SLURM_JOB_ID", "")
+        launch = Launch("none", job=f"(inside SLURM job {allocation}, but not by srun)" if allocation else "")
     if not 0 <= launch.rank < launch.world_size:
         raise UserError(f"rank {launch.rank} of {launch.world_size} is impossible; unset RANK and WORLD_SIZE")
     return launch

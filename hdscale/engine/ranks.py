@@ -92,16 +92,18 @@ class Ranks:
         timeout = timedelta(minutes=timeout_minutes)
         if device_type == "cuda":
             torch.cuda.set_device(place)
-        common = {"rank": launch.rank, "world_size": launch.world_size, "timeout": timeout}
-        if launch.world_size == 1:
-            common["store"] = dist.HashStore()
-        else:
-            common["store"] = meet(launch, rendezvous_seconds)
-            common["store"].set_timeout(timeout)
+        store = dist.HashStore() if launch.world_size == 1 else meet(launch, rendezvous_seconds)
+        store.set_timeout(timeout)
+        group: dict[str, Any] = {
+            "rank": launch.rank,
+            "world_size": launch.world_size,
+            "timeout": timeout,
+            "store": store,
+        }
         if device_type == "cuda":
-            dist.init_process_group("nccl", device_id=place if launch.world_size > 1 else None, **common)
+            dist.init_process_group("nccl", device_id=place if launch.world_size > 1 else None, **group)
         else:
-            dist.init_process_group("gloo", **common)
+            dist.init_process_group("gloo", **group)
         host_group = dist.new_group(backend="gloo", timeout=timeout) if device_type == "cuda" else None
         attach_deepspeed()
         return cls(launch, place, threads, host_group)

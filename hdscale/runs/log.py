@@ -338,7 +338,7 @@ def numbers(line: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def cut_back(path: Path, step: int) -> set[tuple[str, int, str]]:
-    """Remove from metrics.jsonl what comes after `step`, and an incomplete last line; {(kind, step, split)} of the rest."""
+    """Remove from metrics.jsonl what comes after `step`; {(kind, step, split)} of the lines that stay."""
     if not path.exists():
         return set()
     kept, keys = [], set()

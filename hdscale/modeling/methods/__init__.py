@@ -1,7 +1,7 @@
 """The methods: one small file each, found by name here.
 
-A method is an `nn.Module` that owns all of its trainable parameters, and computes for a batch what adapts the encoder and
-what adapts the decoder. To add one, write a file with a subclass of `Method` and add it to `METHODS`.
+A method is an `nn.Module` that owns all of its trainable parameters, and computes for a batch what adapts the encoder
+and what adapts the decoder. To add one, write a file with a subclass of `Method` and add it to `METHODS`.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Choice:
         """Load weights and tokenizer.
 
         Raises:
-            UserError: whatever is there is no model that can be used.
+            UserError: if there is no model that can be used.
         """
         self.check()
         device = self.torch_device

@@ -59,7 +59,7 @@ from hdscale.runs.state import Metrics, RunState
 
 
 def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
-    """Train, evaluate and test; or go on where an earlier session of the same run stopped.
+    """Train, evaluate and test; or resume where an earlier session of the same run stopped.
 
     Args:
         config: the run.
@@ -264,7 +264,7 @@ class LoggedEvaluator:
         """Metrics of the tasks on a split, logged; `step` names what is evaluated.
 
         Raises:
-            EvaluationStopped: if the run is to stop; what is decoded already is found again.
+            EvaluationStopped: if the run is to stop; what is decoded already is kept.
         """
         with self.engine.evaluating():
             evaluation = self.evaluator.evaluate(tasks, split, step, limit, self.log.evaluating(split))

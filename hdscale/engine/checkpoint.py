@@ -48,7 +48,7 @@ def save_checkpoint(
 
     Args:
         folder: the run's `checkpoints/`.
-        state: what the training loop needs to go on; plain JSON values.
+        state: what the training loop needs to resume; plain JSON values.
 
     Returns:
         the checkpoint's folder.
@@ -88,7 +88,7 @@ def save_checkpoint(
 
 
 class Writer:
-    """Rank 0's side of saving. After a failure it goes on consuming tensors, which are gathered collectively, idly.
+    """Rank 0's side of saving. After a failure it still takes all tensors (gathering them is collective) and drops them.
 
     Attributes:
         failure: what went wrong first, or None.
@@ -194,7 +194,7 @@ def plain_reason(error: Exception) -> str:
     if any(sign in text for sign in ("No space left", "os error 28", "Errno 28", "quota", "os error 122", "Errno 122")):
         return "the disk is full; free some space and run the same command again"
     if "ermission denied" in text or "Read-only" in text:
-        return f"no write permission ({text}); mend it and run the same command again"
+        return f"no write permission ({text}); correct it and run the same command again"
     return text
 
 
@@ -203,7 +203,7 @@ def prune(folder: Path, keep: int) -> None:
     steps = sorted(path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name))
     doomed = steps[: len(steps) - max(1, keep)]
     for path in (*doomed, *folder.glob(f"{REPLACED}*")):
-        # renamed first: a half-removed checkpoint must not look like a torn one
+        # renamed first: a half-removed checkpoint must not look like an incomplete one
         target = path.with_name(REMOVING + path.name)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(path, target)
@@ -221,7 +221,7 @@ def newest_whole_checkpoint(folder: str | Path, warn: Callable[[str], None] = pr
         fault = find_fault(path)
         if fault is None:
             return path
-        warn(f"checkpoint {path} is torn ({fault}); trying the one before it")
+        warn(f"checkpoint {path} is incomplete or damaged ({fault}); trying the previous one")
     if candidates:
         warn(f"no checkpoint in {folder} is whole; starting from the beginning")
     return None
@@ -245,10 +245,10 @@ def find_fault(path: Path) -> str | None:
 
 
 def load_newest_checkpoint(engine: Engine, folder: str | Path, log: Any) -> dict[str, Any] | None:
-    """Bring the engine to the newest whole checkpoint of `folder`. Collective; any world size and ZeRO stage.
+    """Bring the engine to the newest complete checkpoint of `folder`. Collective; any world size and ZeRO stage.
 
     Args:
-        log: its `warning(text)` is told of torn checkpoints, and of another world size or number of threads.
+        log: its `warning(text)` reports incomplete checkpoints, and another world size or number of threads.
 
     Returns:
         the state that was saved, with `step`; None where there is no checkpoint.

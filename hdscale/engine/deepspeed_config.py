@@ -172,7 +172,7 @@ def section(config: dict[str, Any], key: str, name: str) -> dict[str, Any]:
 
 
 def validate_zero_section(zero: dict[str, Any], name: str) -> None:
-    """Let DeepSpeed judge its own section now, and not after the model is loaded."""
+    """Let DeepSpeed check its own section now, and not after the model is loaded."""
     import pydantic
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 

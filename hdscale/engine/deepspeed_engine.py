@@ -26,11 +26,11 @@ IDS_SHOWN = 16
 
 
 class NonFiniteError(UserError):
-    """The loss, a gradient or a weight is infinite or not a number: training cannot go on."""
+    """The loss, a gradient or a weight is infinite or not a number: training cannot continue."""
 
 
 class PendingStep:
-    """A step that is handed out; its numbers come with `result()`, best asked for when the next step is under way.
+    """A step that was started; `result()` waits for its numbers, and is best called once the next step is started.
 
     Args:
         step: its number, counted from 1.
@@ -141,7 +141,7 @@ class Engine:
         and micro-batches first, so that the gradient does not depend on how the batch was cut. Dropout is seeded by
         (seed, step, rank, micro-batch), so that a resumed run draws the same masks.
 
-        On a GPU this call only hands out work (ZeRO-2 in bf16): the host goes on to the next step while the device
+        On a GPU this call only queues work (ZeRO-2 in bf16): the host continues with the next step while the device
         computes, and reads the step's numbers when `result()` is asked for.
 
         Args:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hdscale.errors import UserError
 
 PORT_BASE, PORT_JOBS, PORT_STEPS = 15000, 1024, 16
-"""Ports 15000-31383: below those that Linux hands out to outgoing connections (32768 and up)."""
+"""Ports 15000-31383: below those that Linux gives to outgoing connections (32768 and up)."""
 
 
 LAUNCHERS = {
@@ -85,7 +85,7 @@ def read_environment(environ: Mapping[str, str] = os.environ) -> Launch:
     elif "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
         launch = from_slurm(environ)
     elif "RANK" in environ and "WORLD_SIZE" in environ:
-        # only now: a SLURM step knows better than variables left over in the user's shell
+        # after SLURM: variables in the user's shell may be old
         launch = from_rank_variables(environ, "environment")
     else:
         # in a batch script or an salloc shell, without srun: one process, whatever the allocation's size

@@ -67,7 +67,7 @@ class Ranks:
         Args:
             launch: this process's place; default: read from the environment.
             threads: CPU threads; default: OMP_NUM_THREADS, else this rank's share of the node's cores.
-            timeout_minutes: how long a collective waits for the slowest rank before the run is given up.
+            timeout_minutes: how long a collective waits for the slowest rank before the run fails.
             device: "cpu" or "cuda"; default: CUDA where there is one.
             rendezvous_seconds: how long to wait for every rank to appear.
 
@@ -228,8 +228,8 @@ def free_port() -> int:
 def attach_deepspeed() -> None:
     """Let DeepSpeed use the process group that exists.
 
-    Its shared-memory communication op is switched off first: it would be compiled here and now on each machine, and
-    the leftover lock of a killed build makes that wait for ever.
+    Its shared-memory communication op is switched off first: it would be compiled on each machine, and the lock that
+    a killed build leaves behind would block that compilation forever.
     """
     import deepspeed
     from deepspeed.utils import logger

@@ -66,7 +66,7 @@ def master_partitions(optimizer: Any) -> list[torch.Tensor]:
     """This rank's flat fp32 tensors, one for each parameter group (stages 1, 2) or sub-group (stage 3)."""
     for name in (
         "single_partition_of_fp32_groups",  # stages 1 and 2
-        "fp32_groups_flat_partition",  # stage 1 in bf16, which is an optimizer class of its own
+        "fp32_groups_flat_partition",  # stage 1 in bf16, which has a separate optimizer class
         "fp32_partitioned_groups_flat",  # stage 3
     ):
         if hasattr(optimizer, name):
@@ -100,8 +100,8 @@ def stop_waiting(optimizer: Any) -> None:
     """Let an update of ZeRO-2 in bf16 wait for nothing that the device has yet to compute.
 
     DeepSpeed 0.19 reads the gradient on the host three times an update: to look for an overflow, to mask the norm, and
-    to clip by it. Here the norm stays on the device, as the factor that clips does, and whoever reads the norm sees
-    that it is not finite. Other stages, offload and fp32 keep DeepSpeed's own way.
+    to clip by it. Here the norm stays on the device, as the factor that clips does, and the caller checks whether
+    the norm is finite. Other stages, offload and fp32 keep DeepSpeed's own way.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 

@@ -95,7 +95,7 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"cannot write to {self.path} ({error.strerror}); choose another run.dir or mend its permissions"
+                f"cannot write to {self.path} ({error.strerror}); choose another run.dir or correct its permissions"
             ) from error
 
     def _hold(self) -> None:
@@ -108,7 +108,7 @@ class RunFolder:
                 f"{self.path} is in use by another process; wait for it, or choose another run.name"
             ) from error
         except OSError:
-            # some cluster file systems have no locks: go on without
+            # some cluster file systems have no locks: continue without
             self._lock.close()
 
     def _move_aside(self) -> None:

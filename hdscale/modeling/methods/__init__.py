@@ -56,7 +56,7 @@ def complete_config(config: HyperdecoderConfig) -> type[Method]:
 
 
 def check_method(config: HyperdecoderConfig) -> None:
-    """Raise UserError for anything that is wrong with `method.*`, budget included; nothing is loaded or changed."""
+    """Raise UserError for anything wrong in `method.*`, budget included; loads and changes nothing."""
     complete_config(copy.deepcopy(config))
 
 

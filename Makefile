@@ -44,7 +44,7 @@ lint: install
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
-	$(BIN)/python -m tests.test_house
+	$(BIN)/python -m tests.helpers.house
 
 format: install
 	$(BIN)/ruff check --fix-only $(CODE)

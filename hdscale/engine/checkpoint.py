@@ -23,10 +23,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hdscale import __version__
 from hdscale.engine.deepspeed_engine import Engine, NonFiniteError
 from hdscale.errors import UserError
 
 FORMAT_VERSION = 1
+FIRST_VERSION = "0.1"
+"""The hdscale of checkpoints that do not name their version."""
 SHARD_BYTES = 4 * 2**30
 """Most bytes of tensors that rank 0 holds at once while saving, and of one file (a single larger tensor excepted)."""
 
@@ -74,6 +77,7 @@ def save_checkpoint(
             "world_size": ranks.world_size,
             "threads": ranks.threads,
             "zero_stage": engine.stage,
+            "hdscale": __version__,
             "torch": torch.__version__,
         }
     )
@@ -248,7 +252,7 @@ def load_newest_checkpoint(engine: Engine, folder: str | Path, log: Any) -> dict
     """Bring the engine to the newest complete checkpoint of `folder`. Collective; any world size and ZeRO stage.
 
     Args:
-        log: its `warning(text)` reports incomplete checkpoints, and another world size or number of threads.
+        log: its `warning(text)` reports incomplete checkpoints, and another world size, number of threads or version.
 
     Returns:
         the state that was saved, with `step`; None where there is no checkpoint.
@@ -274,6 +278,12 @@ def load_newest_checkpoint(engine: Engine, folder: str | Path, log: Any) -> dict
                     f"resuming with {what} {now} instead of {state[what]}: the data order is the same, "
                     "the numbers will be close but not identical"
                 )
+        for what, before, now in (
+            ("hdscale", state.get("hdscale", FIRST_VERSION), __version__),
+            ("torch", state["torch"], torch.__version__),
+        ):
+            if before != now:
+                log.warning(f"made by {what} {before}, resumed with {now}: the last bits of results may differ")
         return str(path), state
 
     chosen = ranks.on_main(choose)

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from hdscale.engine.checkpoint import find_fault, newest_whole_checkpoint
-from tests.engine.test_training import ZERO
+from tests.helpers.toy import ZERO
 
 STEPS = 8
 

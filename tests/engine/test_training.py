@@ -11,21 +11,12 @@ from hdscale.engine.deepspeed_engine import dropout_seed
 from hdscale.engine.optimizer import build_optimizer, learning_rate_factor
 from hdscale.ops.backend import availability
 from tests.helpers.tiny import save_tiny_t5
-from tests.helpers.toy import ToyModel, global_batch, settings
-
-ZERO = {
-    "zero1": {"deepspeed": "ds_configs/zero1_bf16.json", "dtype": "bf16"},
-    "zero2": {"deepspeed": "ds_configs/zero2_bf16.json", "dtype": "bf16"},
-    "offload": {"deepspeed": "ds_configs/zero2_offload_bf16.json", "dtype": "bf16"},
-    "zero3": {"deepspeed": "ds_configs/zero3_bf16.json", "dtype": "bf16"},
-    # every weight is partitioned: ZeRO-3 keeps those below its threshold whole, and here they are all small
-    "zero3_small": {"deepspeed": "tests/helpers/zero3_no_persistent_bf16.json", "dtype": "bf16"},
-}
+from tests.helpers.toy import ZERO, ToyModel, global_batch, settings
 
 
-def reference_gradient(reduction: str = "mean") -> dict[str, torch.Tensor]:
-    """The gradient of the whole batch's loss by plain autograd in float64."""
-    model = ToyModel(dropout=0.0).double()
+def reference_gradient(reduction: str = "mean", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The gradient of the whole batch's loss by plain autograd in float64, at weights rounded to `dtype`."""
+    model = ToyModel(dropout=0.0).to(dtype).double()
     batch = global_batch(0)
     loss_sum, tokens = model(**batch)
     (loss_sum / tokens if reduction == "mean" else loss_sum).backward()
@@ -82,13 +73,23 @@ def test_world_sizes_follow_each_other(rank_pool):
     assert losses[1][-1] < 0.9 * losses[1][0]
 
 
-def test_clipping_bounds_the_update(rank_pool):
-    """The norm that is reported is the one before clipping."""
-    variants = [{"dropout": 0.0, "gradient_clipping": clip} for clip in (0.0, 1e-3)]
-    free, clipped = rank_pool(2).run("tests.helpers.engine_jobs:train", {"variants": variants, "steps": 1})[0]
-    wanted = math.sqrt(sum(float((g**2).sum()) for g in reference_gradient().values()))
-    assert free["norms"][0] == pytest.approx(wanted, rel=1e-4)
-    assert clipped["norms"][0] == pytest.approx(wanted, rel=1e-4)
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage, tolerance", [("fp32", 1e-4), *((stage, 0.03) for stage in ZERO)])
+def test_adamw_is_given_the_clipped_gradient(rank_pool, world_size, stage, tolerance):
+    """A tenth of the norm as the limit: a tenth of the gradient; a limit above the norm, or none, changes nothing.
+
+    Adam's update hides a factor of the gradient, so its first moment is compared. The norm that is reported is the one
+    before clipping.
+    """
+    dtype = torch.float32 if stage == "fp32" else torch.bfloat16
+    wanted = reference_gradient(dtype=dtype)
+    norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in wanted.values()))
+    for limit, factor in ((0.1 * norm, 0.1), (2 * norm, 1.0), (0.0, 1.0)):
+        arguments = {"micro": 2, "gradient_clipping": limit, **ZERO.get(stage, {})}
+        for found in rank_pool(world_size).run("tests.helpers.engine_jobs:first_update", arguments):
+            assert found["norm"] == pytest.approx(norm, rel=tolerance)
+            assert_close(found["gradient"], {name: factor * value for name, value in wanted.items()}, tolerance)
+            assert all(change.abs().max() > 0 for change in found["moved"].values())
 
 
 @pytest.mark.parametrize(

@@ -89,10 +89,21 @@ def train(ranks: Ranks, variants: list[dict[str, Any]], steps: int, micro: int =
 
 def gradient(ranks: Ranks, micro: int, **config: Any) -> dict[str, torch.Tensor]:
     """The gradient that AdamW was given for the batch of step 0: its first moment is a tenth of it."""
-    engine = toy_engine(ToyModel(dropout=0.0), settings(warmup_steps=0, gradient_clipping=0.0, **config), ranks)
-    engine.train_step(micro_batches(0, ranks.rank, ranks.world_size, micro))
-    moments = dict(engine.optimizer_tensors())
-    return {name: moments[f"exp_avg.{name}"] * 10 for name in engine.parameters}
+    return first_update(ranks, micro, **{"gradient_clipping": 0.0, **config})["gradient"]
+
+
+def first_update(ranks: Ranks, micro: int, **config: Any) -> dict[str, Any]:
+    """One step at the peak learning rate: the gradient that AdamW was given, the norm that was reported, and how far
+    each master moved."""
+    engine = toy_engine(ToyModel(dropout=0.0), settings(warmup_steps=0, **config), ranks)
+    before = dict(engine.trainable_tensors())
+    norm = engine.train_step(micro_batches(0, ranks.rank, ranks.world_size, micro)).result().grad_norm
+    moments, after = dict(engine.optimizer_tensors()), dict(engine.trainable_tensors())
+    return {
+        "gradient": {name: moments[f"exp_avg.{name}"] * 10 for name in engine.parameters},
+        "norm": norm,
+        "moved": {name: after[name] - before[name] for name in engine.parameters},
+    }
 
 
 def resume(
@@ -231,7 +242,7 @@ def collectives(ranks: Ranks) -> dict[str, Any]:
         "any": ranks.any_true(ranks.rank == 1),
         "all": ranks.all_true(ranks.rank == 1),
         "max": ranks.max_int(ranks.rank * 3),
-        "sums": ranks.sum_floats([1.0, ranks.rank + 0.5]),
+        "sums": ranks.sum_(torch.tensor([1.0, ranks.rank + 0.5])).tolist(),
         "objects": ranks.gather_objects({"rank": ranks.rank}),
         "broadcast": ranks.broadcast_object(f"from {ranks.rank}"),
         "main": ranks.on_main(lambda: ranks.rank + 10),

@@ -94,12 +94,11 @@ def test_building_leaves_the_callers_configuration_alone(base):
     ],
 )
 def test_bad_values(base, name, options, message):
-    config = method_config(base, name, **options)
     if message is None:  # "0-" is read as layer 0
-        assert len(build_model(config).method.decoder.shared_adapters) == 1
+        assert len(build_model(method_config(base, name, **options)).method.decoder.shared_adapters) == 1
         return
     with pytest.raises(UserError, match=message):
-        check_method(config)
+        check_method(method_config(base, name, **options))
 
 
 @pytest.mark.parametrize("name", ["task_hypernet", "modular", "hyperformer", "hyperformer++", "hyperprompt"])

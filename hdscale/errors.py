@@ -10,14 +10,14 @@ from collections.abc import Iterable
 
 EXIT_DONE = 0
 EXIT_BROKEN = 1
-"""Something broke that is nobody's mistake: a batch job starts again."""
+"""Something broke that no change of the command would correct: a batch job starts again."""
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 """Pre-empted, checkpointed: run the same command again."""
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. One line that says what is wrong and how to mend it.
+    """A mistake that the user can correct. One line says what is wrong and how to correct it.
 
     Commands print it without a traceback and exit with 2.
     """

@@ -254,7 +254,7 @@ def test_bf16_forward_is_close_to_float32(base, name):
         (lambda c: setattr(c.method, "name", "hyperdecodr"), "did you mean 'hyperdecoder'"),
         (lambda c: setattr(c.method.encoder, "adapter", "manul"), "did you mean 'manual'"),
         (lambda c: setattr(c.method.encoder, "input", "norm"), "method.encoder.input=norm"),
-        (lambda c: setattr(c.method.decoder, "dim", 0), "method.decoder.dim=0 must be at least 1"),
+        (lambda c: setattr(c.method.decoder, "dim", 0), "method.decoder.dim=0: must be at least 1"),
         (lambda c: setattr(c.method.hypernet, "bottleneck", -1), "method.hypernet.bottleneck=-1"),
         (lambda c: setattr(c.method.hypernet, "conditioning", "max"), "method.hypernet.conditioning=max"),
     ],

@@ -92,6 +92,41 @@ def test_adamw_is_given_the_clipped_gradient(rank_pool, world_size, stage, toler
             assert all(change.abs().max() > 0 for change in found["moved"].values())
 
 
+@pytest.mark.parametrize("world_size, micro", [(1, 3), (2, 2)])
+def test_training_is_that_of_plain_torch(rank_pool, world_size, micro):
+    """Schedule, clipping, weight decay, AdamW, and what stays frozen: against a plain loop over whole batches."""
+    from transformers import get_linear_schedule_with_warmup
+
+    steps, options = 9, {"weight_decay": 0.3, "gradient_clipping": 0.5, "warmup_steps": 3, "max_steps": 12}
+    plain = ToyModel(dropout=0.0)
+    trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.02, weight_decay=options["weight_decay"])
+    schedule = get_linear_schedule_with_warmup(optimizer, options["warmup_steps"], options["max_steps"])
+    losses = []
+    for step in range(steps):
+        loss_sum, tokens = plain(**global_batch(step))
+        (loss_sum / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(trained, options["gradient_clipping"])
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        losses.append((loss_sum / tokens).item())
+    arguments = {"variants": [{"dropout": 0.0, **options}], "steps": steps, "micro": micro}
+    for (found,) in rank_pool(world_size).run("tests.helpers.engine_jobs:train", arguments):
+        assert found["losses"] == pytest.approx(losses, rel=1e-4)
+        assert_close(found["weights"], dict(plain.named_parameters()), 1e-3)
+        for name, parameter in ToyModel().named_parameters():
+            assert torch.equal(found["weights"][name], parameter) != parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_masters_start_with_the_exact_weights(rank_pool, stage):
+    """Not with those that were rounded to bf16, which the forward pass uses."""
+    for found in rank_pool(2).run("tests.helpers.engine_jobs:at_the_start", ZERO[stage]):
+        for name, parameter in ToyModel().named_parameters():
+            assert torch.equal(found["weights"][name], parameter.bfloat16().float()), name
+            if parameter.requires_grad:
+                assert torch.equal(found["masters"][name], parameter), name
+
+
 @pytest.mark.parametrize(
     "fault, stage", [("loss", "zero2"), ("gradient", "zero2"), ("gradient", "zero1"), ("gradient", "zero3_small")]
 )
@@ -152,6 +187,13 @@ def test_dropout_seeds_differ():
     seeds = {dropout_seed(*key) for key in [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (-1, 0, 0, 0)]}
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
     assert dropout_seed(3, 4, 5, 6) == dropout_seed(3, 4, 5, 6)
+
+
+def test_each_forward_pass_has_a_dropout_seed_of_its_own(rank_pool):
+    """That of its step, rank and micro-batch."""
+    results = rank_pool(2).run("tests.helpers.engine_jobs:seeds_of_passes", {"steps": 2, "micro": 2, "seed": 9})
+    for rank, seeds in enumerate(results):
+        assert seeds == [dropout_seed(9, step, rank, index) for step in range(2) for index in range(2)]
 
 
 def test_collectives(rank_pool):

@@ -106,6 +106,32 @@ def first_update(ranks: Ranks, micro: int, **config: Any) -> dict[str, Any]:
     }
 
 
+class Listener(ToyModel):
+    """Keeps the random seed of each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seeds: list[int] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seeds.append(torch.initial_seed())
+        return super().forward(*args, **kwargs)
+
+
+def seeds_of_passes(ranks: Ranks, steps: int, micro: int, seed: int) -> list[int]:
+    """The random seed of each of this rank's forward passes, step by step."""
+    engine = toy_engine(Listener(), settings(seed=seed), ranks)
+    for step in range(steps):
+        engine.train_step(micro_batches(step, ranks.rank, ranks.world_size, micro))
+    return engine.module.seeds
+
+
+def at_the_start(ranks: Ranks, **config: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Masters and working weights before the first step."""
+    engine = toy_engine(ToyModel(), settings(**config), ranks)
+    return {"masters": dict(engine.trainable_tensors()), "weights": working_weights(engine)}
+
+
 def resume(
     ranks: Ranks, folder: str, until: int, save_at: tuple[int, ...] = (), kill_in: int | None = None, **config: Any
 ) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The losses of the first steps of `configs/quickstart.yaml`, and the record of them in tests/assets/losses/.
 
-    python -m tests.helpers.pin_losses          writes the record anew, after a change that is meant to change the losses
+python -m tests.helpers.pin_losses          writes the record anew, after a change that is meant to change the losses
 """
 
 from __future__ import annotations

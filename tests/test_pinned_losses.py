@@ -1,4 +1,4 @@
-"""The losses of the quick start are those of the record: a change of what is computed shows as a difference of a file."""
+"""The losses of the quick start are those of the record, so that a change of what is computed is seen."""
 
 from __future__ import annotations
 

@@ -131,8 +131,8 @@ def test_masters_start_with_the_exact_weights(rank_pool, stage):
     "fault, stage", [("loss", "zero2"), ("gradient", "zero2"), ("gradient", "zero1"), ("gradient", "zero3_small")]
 )
 def test_a_nan_stops_the_run(rank_pool, tmp_path, fault, stage):
-    """On every rank, with the step, tasks and ids; the last checkpoint stays as it was, and where the device is waited for
-    (not under ZeRO-2 in bf16) the weights do too."""
+    """On every rank, with the step, tasks and ids. The last checkpoint stays as it was, and so do the weights, except
+    under ZeRO-2 in bf16, which does not wait for the device."""
     results = rank_pool(2).run(
         "tests.helpers.engine_jobs:non_finite", {"fault": fault, "folder": str(tmp_path), **ZERO[stage]}
     )
@@ -147,7 +147,7 @@ def test_a_nan_stops_the_run(rank_pool, tmp_path, fault, stage):
 
 
 def test_a_step_waits_for_nothing_on_the_device(rank_pool, tmp_path):
-    """No number is read on the host within a step of ZeRO-2 in bf16, DeepSpeed's own norm, clipping and overflow check included."""
+    """Within a step of ZeRO-2 in bf16 the host reads no number, DeepSpeed's norm, clipping and overflow check included."""
     base = str(save_tiny_t5(tmp_path / "base", vocabulary=64))
     for found in rank_pool(2).run("tests.helpers.engine_jobs:waits_of_a_step", {"base": base, **ZERO["zero2"]}):
         assert found["step"] == []

@@ -128,7 +128,8 @@ def direct_logits(
 
     Args:
         encoder_hooks: of the instance's task id. decoder_hooks: of task id and encoding h [S, D].
-        first_pass, twice: for an encoder that runs twice: hooks of its first pass, and of its second given the first's h.
+        first_pass, twice: for an encoder that runs twice: hooks of its first pass, and of its second given the h of
+            the first.
     """
     direct, found = DirectT5(model.base), []
     for row in range(batch["input_ids"].shape[0]):

@@ -358,7 +358,7 @@ def adapted_model(
 def adapted_gradients(
     ranks: Ranks, base: str, methods: list[dict[str, Any]], variant: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """For each method: the gradient that AdamW was given at the first step, the loss, and the backends that computed."""
+    """For each method: the gradient that AdamW was given at the first step, the loss, and the backends in use."""
     import hdscale.ops.generated as generated
     from hdscale.modeling import HyperdecoderConfig, build_model
 
@@ -413,7 +413,7 @@ def settle(ranks: Ranks, path: str) -> dict[str, Any]:
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
 HOST_ONLY = ("/torch/optim/", "/hdscale/ops/operator.py")
-"""AdamW's loop over tensors (CUDA has the fused one, whose step count stays on the device), and counters that live on the host."""
+"""AdamW's loop over tensors (CUDA has the fused one, whose step count stays on the device), and counters on the host."""
 
 
 class Waits(TorchDispatchMode):

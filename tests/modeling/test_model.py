@@ -47,7 +47,7 @@ def test_greedy_decoding_is_that_of_regenerating_at_each_step(base, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_beams_are_those_of_rows_of_their_own(base, name):
-    """Beam search with one adaptation an instance, against the same with an adaptation for every beam of every instance."""
+    """Beam search with one adaptation per instance, against the same with one for every beam of every instance."""
     method, options = METHODS[name]
     model, batch, beams = shaken(build_model(method_config(base, method, **options))), random_batch(), 3
     wide = {key: value.repeat_interleave(beams, dim=0) for key, value in batch.items()}

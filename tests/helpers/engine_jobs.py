@@ -92,10 +92,17 @@ def gradient(ranks: Ranks, micro: int, **config: Any) -> dict[str, torch.Tensor]
     return first_update(ranks, micro, **{"gradient_clipping": 0.0, **config})["gradient"]
 
 
-def first_update(ranks: Ranks, micro: int, **config: Any) -> dict[str, Any]:
+def first_update(ranks: Ranks, micro: int, rates: dict[str, float] | None = None, **config: Any) -> dict[str, Any]:
     """One step at the peak learning rate: the gradient that AdamW was given, the norm that was reported, and how far
-    each master moved."""
-    engine = toy_engine(ToyModel(dropout=0.0), settings(warmup_steps=0, **config), ranks)
+    each master moved.
+
+    Args:
+        rates: peak learning rates of some trainables' own, which make parameter groups of their own.
+    """
+    model = ToyModel(dropout=0.0)
+    if rates:
+        model.learning_rates = lambda default: rates
+    engine = toy_engine(model, settings(warmup_steps=0, **config), ranks)
     before = dict(engine.trainable_tensors())
     norm = engine.train_step(micro_batches(0, ranks.rank, ranks.world_size, micro)).result().grad_norm
     moments, after = dict(engine.optimizer_tensors()), dict(engine.trainable_tensors())

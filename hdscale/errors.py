@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 EXIT_DONE = 0
 EXIT_BROKEN = 1
@@ -41,6 +41,17 @@ def report(error: UserError, show: bool = True) -> None:
     if path:
         with contextlib.suppress(OSError), open(path, "a") as file:
             file.write(f"{error}\n")
+
+
+def guarded(function: Callable[..., int], *arguments: object) -> int:
+    """The exit code of a command; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        report(error)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:
+        return EXIT_DONE
 
 
 def one_line(error: Exception | str) -> str:

@@ -44,6 +44,11 @@ def cache_folder(chosen: str | None = None) -> Path:
     return folder
 
 
+def package_root() -> Path:
+    """The folder that holds the package `hdscale` (the checkout, or site-packages)."""
+    return Path(__file__).resolve().parents[1]
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path, durable: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it when the block ends without an error and removed otherwise.

@@ -56,7 +56,10 @@ def test_equal_values_and_auto_are_no_contradiction(tmp_path):
         ({"train_micro_batch_size_per_gpu": 8}, ["train_micro_batch_size_per_gpu=8", "train.micro_batch_size=4"]),
         ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps=2", "train.micro_batch_size"]),
         ({"gradient_clipping": 5.0}, ["gradient_clipping=5.0", "train.gradient_clipping=1.0"]),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, ["optimizer.params.lr=0.1", "train.learning_rate=0.0003"]),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}},
+            ["optimizer.params.lr=0.1", "train.learning_rate=0.0003"],
+        ),
         ({"optimizer": {"type": "Lamb"}}, ["optimizer.type=Lamb", "AdamW"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "train.warmup_steps"]),
         ({"fp16": {"enabled": True}}, ["fp16", "train.dtype=bf16"]),
@@ -65,7 +68,10 @@ def test_equal_values_and_auto_are_no_contradiction(tmp_path):
         ({"managed_gradient_accumulation": True}, ["managed_gradient_accumulation"]),
         ({"zero_optimization": {"stage": 0}}, ["zero_optimization.stage=0"]),
         ({"zero_optimization": {"stage": 2, "reduce_scater": True}}, ["zero_optimization.reduce_scater"]),
-        ({"zero_optimization": {"stage": 2, "contiguous_gradients": False, "reduce_scatter": False}}, ["reduce_scatter=false"]),
+        (
+            {"zero_optimization": {"stage": 2, "contiguous_gradients": False, "reduce_scatter": False}},
+            ["reduce_scatter=false"],
+        ),
         ({"optimizer": "AdamW"}, ["optimizer must be an object"]),
     ],
 )  # fmt: skip

@@ -15,8 +15,8 @@ from hdscale.data.tasks.task import Example
 from hdscale.errors import UserError
 from hdscale.evaluation import mrqa_protocol as protocol
 from hdscale.evaluation.metrics import compute
-from tests.evaluation.test_metrics import plain_scores
 from tests.helpers.places import DATA
+from tests.helpers.plain_scores import plain_scores
 
 
 def chunk(prediction: str, score: float, tokens: int = 2) -> dict:

@@ -1,4 +1,4 @@
-"""`hdscale plan`: memory, time and communication of a run, before it costs a GPU hour. docs/plan.md has the formulas."""
+"""`hdscale plan`: memory, time and communication of a run, before it costs a GPU hour (formulas: docs/plan.md)."""
 
 from __future__ import annotations
 
@@ -123,7 +123,10 @@ def memory_lines(plan: Plan, config: Config) -> list[str]:
     lines.append(
         f"generated adapters kept by the torch backend: {gb(kept['torch'])}; by the compiled ones: {gb(kept['cuda'])}"
     )
-    host = f"host memory: {gb(plan.loading_host)} per rank while loading, besides the checkpoint's pages, which the ranks share"
+    host = (
+        f"host memory: {gb(plan.loading_host)} per rank while loading, besides the checkpoint's pages, "
+        "which the ranks share"
+    )
     if plan.offload:
         host += f"; {gb(plan.memory.host)} per rank for the offloaded optimizer"
     lines.append(host)
@@ -139,8 +142,8 @@ def memory_lines(plan: Plan, config: Config) -> list[str]:
 def time_lines(plan: Plan) -> list[str]:
     """How long a step and the run take."""
     step = (
-        f"per step: {plan.step_flops / 1e12:,.1f} TFLOP, {plan.step_seconds:.3f} s at {plan.efficiency:.0%} of the dense "
-        f"peak, {gb(plan.communication.total)} sent per rank ({plan.communication_seconds * 1e3:.1f} ms of it)"
+        f"per step: {plan.step_flops / 1e12:,.1f} TFLOP, {plan.step_seconds:.3f} s at {plan.efficiency:.0%} of the "
+        f"dense peak, {gb(plan.communication.total)} sent per rank ({plan.communication_seconds * 1e3:.1f} ms of it)"
     )
     if plan.training_hours is None:
         return [step, "the run: its length is unknown before the data are read (train.epochs)"]
@@ -150,7 +153,8 @@ def time_lines(plan: Plan) -> list[str]:
     return [
         step,
         f"the run of {plan.steps:,} steps: {plan.training_hours:.2f} h of training, evaluation {evaluation}; "
-        f"{plan.gpu_hours:.2f} GPU-hours. Every row is counted at its greatest length: batches without padding take less",
+        f"{plan.gpu_hours:.2f} GPU-hours. Every row is counted at its greatest length: "
+        "batches without padding take less",
     ]
 
 

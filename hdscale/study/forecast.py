@@ -17,8 +17,9 @@ from hdscale.study.memory_model import Architecture, Sharding, Work, step_memory
 def predict_run(config: dict[str, Any], results: dict[str, Any]) -> dict[str, float | None]:
     """flops, planned_samples_per_second and planned_memory_gb of a run.
 
-    FLOPs are counted at the mean length of the rows that the run saw, memory at the greatest. Throughput is predicted on
-    the GPUs that the plan has figures for; what a CPU's log states is the whole process, and no term of the plan.
+    FLOPs are counted at the mean length of the rows that the run saw, memory at the greatest. Throughput and memory are
+    predicted for the GPUs that the plan has figures for only: the memory that a run on a CPU logs is that of its whole
+    process, which the plan does not describe.
 
     Args:
         config: flat. results: `results.json`.

@@ -126,9 +126,9 @@ class StepMemory:
 def make_plan(config: Config, gpu: Device, gpus: int, efficiency: float = compute.EFFICIENCY) -> Plan:
     """Plan a run.
 
-    The ZeRO stage is the lowest that fits; with trainables of a few per cent that is usually stage 1 or 2, where nothing
-    but the optimizer's shards differs. Activation checkpointing is switched on only where a micro-batch of one row does
-    not fit without it.
+    The ZeRO stage is the lowest that fits; with trainables of a few per cent that is usually stage 1 or 2, where only
+    the optimizer's shards differ. Activation checkpointing is switched on only where a micro-batch of one row does not
+    fit without it.
 
     Args:
         efficiency: assumed share of the GPU's dense peak.
@@ -258,13 +258,13 @@ def layout_advice(memory: StepMemory, layout: Layout, share: int) -> list[str]:
         )
     if layout.offload:
         advice.append(
-            f"masters and moments are kept in host memory: {gb(memory.of(layout).host)} per rank; every step moves them "
-            "over the host's bus, which is not counted in the time below"
+            f"masters and moments are kept in host memory: {gb(memory.of(layout).host)} per rank; every step moves "
+            "them over the host's bus, which is not counted in the time below"
         )
     if layout.checkpointing != memory.config.model.activation_checkpointing:
         advice.append(
-            f"activations are recomputed (model.activation_checkpointing={layout.checkpointing}): otherwise not even one "
-            "row would fit"
+            f"activations are recomputed (model.activation_checkpointing={layout.checkpointing}): otherwise not even "
+            "one row would fit"
         )
     return advice
 

@@ -5,14 +5,16 @@ BIN := $(VENV)/bin
 export DS_ACCELERATOR ?= cpu
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install quickstart test test-all lint clean
+.PHONY: help install quickstart test test-landing test-all lint format clean
 
 help:
-	@echo "make install     virtual environment in $(VENV) with hdscale and its test tools"
-	@echo "make quickstart  install, then train, evaluate and test the embedded default on two CPU ranks"
-	@echo "make test        the fast tests (at most 10 minutes on two cores)"
-	@echo "make test-all    all tests: real SLURM, a browser, long drills as well"
-	@echo "make lint        ruff over everything"
+	@echo "make install       virtual environment in $(VENV) with hdscale and its test tools"
+	@echo "make quickstart    install, then train, evaluate and test the embedded default on two CPU ranks"
+	@echo "make lint          formatter, ruff, types, and the order of imports"
+	@echo "make format        format the code and correct what ruff can correct"
+	@echo "make test          the fast tests (at most 10 minutes on two cores)"
+	@echo "make test-landing  slow tests that must pass before each merge"
+	@echo "make test-all      all tests (real SLURM, a browser, long drills); writes tests/last_full_run.md"
 
 # CONSTRAINTS= (empty) installs the newest versions that pyproject.toml allows, CUDA builds of torch among them
 CONSTRAINTS ?= constraints.txt
@@ -31,11 +33,22 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
 
-test-all: install
-	$(BIN)/python -m pytest -q $(ARGS)
+test-landing: install
+	$(BIN)/python -m pytest -q -m "slow and landing" $(ARGS)
 
+test-all: install
+	$(BIN)/python -m pytest -q --record tests/last_full_run.md $(ARGS)
+
+CODE := hdscale tests tools
 lint: install
-	$(BIN)/ruff check hdscale tests
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/python -m tests.helpers.house
+
+format: install
+	$(BIN)/ruff check --fix-only $(CODE)
+	$(BIN)/ruff format $(CODE)
 
 clean:
 	rm -rf $(VENV) runs

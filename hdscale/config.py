@@ -65,7 +65,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
 
 def config_from_dict(tree: Mapping[str, Any] | DictConfig, origin: str) -> Config:
     """The configuration of nested dictionaries, checked; `origin` says in messages where they come from."""
-    return to_config(merge(OmegaConf.structured(Config), OmegaConf.create(tree), origin))
+    return to_config(merge(OmegaConf.structured(Config), OmegaConf.create(dict(tree)), origin))
 
 
 def to_config(node: DictConfig) -> Config:
@@ -93,7 +93,7 @@ def check_layer(node: DictConfig, layer: Any, origin: str, prefix: str = "") -> 
     if not isinstance(layer, DictConfig):
         where = prefix.rstrip(".") or "the file"
         raise UserError(f"{origin}: {where} must be a mapping of keys, not {layer!r}")
-    types = {field.name: field.type for field in dataclasses.fields(OmegaConf.get_type(node))}
+    types = {field.name: field.type for field in dataclasses.fields(cast(Any, OmegaConf.get_type(node)))}
     for key in list(layer):
         if key not in node:
             full = f"{prefix}{key}"

@@ -6,18 +6,18 @@ import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 EXIT_DONE = 0
 EXIT_BROKEN = 1
-"""Something broke that is nobody's mistake: a batch job starts again."""
+"""Something broke that no change of the command would correct: a batch job starts again."""
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 """Pre-empted, checkpointed: run the same command again."""
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. One line that says what is wrong and how to mend it.
+    """A mistake that the user can correct. One line says what is wrong and how to correct it.
 
     Commands print it without a traceback and exit with 2.
     """
@@ -41,6 +41,17 @@ def report(error: UserError, show: bool = True) -> None:
     if path:
         with contextlib.suppress(OSError), open(path, "a") as file:
             file.write(f"{error}\n")
+
+
+def guarded(function: Callable[..., int], *arguments: object) -> int:
+    """The exit code of a command; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        report(error)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:
+        return EXIT_DONE
 
 
 def one_line(error: Exception | str) -> str:

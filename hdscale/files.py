@@ -34,7 +34,8 @@ def cache_folder(chosen: str | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the cache folder {folder} ({error.strerror}); set data.cache or HDSCALE_CACHE to another folder"
+            f"cannot make the cache folder {folder} ({error.strerror}); "
+            "set data.cache or HDSCALE_CACHE to another folder"
         ) from error
     if not os.access(folder, os.W_OK):
         raise UserError(
@@ -43,9 +44,14 @@ def cache_folder(chosen: str | None = None) -> Path:
     return folder
 
 
+def package_root() -> Path:
+    """The folder that holds the package `hdscale` (the checkout, or site-packages)."""
+    return Path(__file__).resolve().parents[1]
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path, durable: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name when the block ends without an error, and is removed otherwise.
+    """A temporary path beside `path`, renamed to it when the block ends without an error and removed otherwise.
 
     Args:
         durable: wait until the file and its name are on the disk.

@@ -1,13 +1,7 @@
-"""`hdscale launch`: the run of `hdscale train`, by submitit, on SLURM or on this machine.
-
-hdscale launch --config configs/glue_xl.yaml cluster.nodes=4 cluster.partition=gpu
-hdscale launch --config configs/glue_base.yaml --sweep method.decoder.dim=32,64 run.seed=1..5
-hdscale launch --status glue_base      # --logs, --cancel
-"""
+"""Submit the run of `hdscale train`, or a sweep of them, by submitit: on SLURM or on this machine."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import shutil
 import time
@@ -16,11 +10,11 @@ from pathlib import Path
 import submitit
 import yaml
 from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.slurm.slurm import SlurmExecutor
 
-from hdscale.cluster.checks import check_script, check_slurm, has_slurm
+from hdscale.cluster.checks import check_script, has_slurm
 from hdscale.cluster.executors import (
     build_executor,
-    package_root,
     script_text,
     submission_error,
     take_snapshot,
@@ -36,45 +30,11 @@ from hdscale.cluster.records import (
     read_state,
     write_launch,
 )
-from hdscale.cluster.status import cancel, live_jobs, show_launches, show_logs, show_status
+from hdscale.cluster.status import live_jobs, show_status
 from hdscale.cluster.sweep import expand
 from hdscale.config import Config, load_config, to_dict
-from hdscale.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    from hdscale.commands.arguments import add_config_arguments
-
-    add_config_arguments(parser, required=False)
-    parser.add_argument("--sweep", nargs="+", metavar="key=a,b", default=[], help="one job array over all combinations")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the sbatch script, submit nothing")
-    parser.add_argument("--fresh", action="store_true", help="start anew; an earlier run of this name is moved aside")
-    which = parser.add_mutually_exclusive_group()
-    # '' stands for all launches
-    which.add_argument("--status", nargs="?", const="", metavar="NAME", help="state of a launch (no NAME: list them)")
-    which.add_argument("--logs", metavar="NAME", help="last lines of each run's log")
-    which.add_argument("--cancel", metavar="NAME", help="cancel what is queued or running")
-    parser.add_argument("--lines", type=int, default=20, help="lines that --logs shows of a run (default: 20)")
-    parser.add_argument("--dir", default="runs", help="run.dir of the launch that --status, --logs, --cancel mean")
-
-
-def run(args: argparse.Namespace) -> int:
-    """The verb."""
-    if args.status is not None:
-        return show_status(args.dir, args.status) if args.status else show_launches(args.dir)
-    if args.logs:
-        return show_logs(args.dir, args.logs, args.lines)
-    if args.cancel:
-        return cancel(args.dir, args.cancel)
-    if not args.config:
-        raise UserError("nothing to launch: name a configuration with --config FILE, or --status NAME")
-    config, runs = plan_runs(args.config, args.overrides, args.sweep)
-    config.cluster.check_executor()
-    if config.cluster.executor == "slurm" and (has_slurm() or not args.dry_run):
-        check_slurm(config.cluster)
-    check_runs([one for one, _ in runs])
-    return launch(config, runs, args.fresh, args.dry_run)
+from hdscale.errors import EXIT_BROKEN, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from hdscale.files import package_root
 
 
 def plan_runs(path: str, overrides: list[str], sweep: list[str]) -> tuple[Config, list[tuple[Config, list[str]]]]:
@@ -83,15 +43,12 @@ def plan_runs(path: str, overrides: list[str], sweep: list[str]) -> tuple[Config
     if config.run.name == LAUNCHES:
         raise UserError(f"run.name={LAUNCHES} is taken: the folder of that name holds the records of launches")
     if not sweep:
-        runs = [(config, [])]
-    else:
-        # the runs of a sweep share a folder that is called after the launch
-        shared = f"run.dir={Path(config.run.dir) / config.run.name}"
-        runs = [
-            (load_config(path, [*overrides, *swept, shared, f"run.name={name}"]), swept)
-            for name, swept in expand(sweep)
-        ]
-    return config, runs
+        return config, [(config, [])]
+    # the runs of a sweep share a folder that is called after the launch
+    shared = f"run.dir={Path(config.run.dir) / config.run.name}"
+    return config, [
+        (load_config(path, [*overrides, *swept, shared, f"run.name={name}"]), swept) for name, swept in expand(sweep)
+    ]
 
 
 def check_runs(configs: list[Config]) -> None:
@@ -100,6 +57,7 @@ def check_runs(configs: list[Config]) -> None:
     Raises:
         UserError: for whatever a compute node would refuse, as far as it can be known here.
     """
+    # torch and transformers: `hdscale launch --help` and --status start without them
     from hdscale.data.sources import check_splits
     from hdscale.modeling import build_model
     from hdscale.resolve import resolve
@@ -115,14 +73,24 @@ def check_runs(configs: list[Config]) -> None:
             build_model(resolved.model, device="meta")
 
 
-def launch(config: Config, runs: list[tuple[Config, list[str]]], fresh: bool, dry_run: bool) -> int:
-    """Submit the runs as one job, or as one array; with the executors local and debug, wait for them."""
+def submit(config: Config, runs: list[tuple[Config, list[str]]], fresh: bool = False, dry_run: bool = False) -> int:
+    """Submit the runs as one job, or as one array; with the executors local and debug, wait for them.
+
+    Args:
+        config: of the launch itself: its name, folder and `cluster` settings.
+        runs: (configuration, swept settings) of each run.
+        fresh: start anew; an earlier run of the name is moved aside.
+        dry_run: print the script, submit nothing.
+
+    Returns:
+        exit code.
+    """
     cluster = config.cluster
     folder = launch_folder(config.run.dir, config.run.name).absolute()
     code = folder / "code" if cluster.snapshot else package_root()
     executor = build_executor(cluster, folder, config.run.name, code, dry_run)
     script = ""
-    if cluster.executor == "slurm":
+    if isinstance(executor, SlurmExecutor):
         script = script_text(executor, len(runs))
         if has_slurm():
             check_script(script)
@@ -172,7 +140,7 @@ def write_files(config: Config, runs: list[tuple[Config, list[str]]], folder: Pa
         entries.append(RunEntry(one.run.name, str((Path(one.run.dir) / one.run.name).absolute()), str(path), swept))
     for stale in [*folder.glob("state.*.json"), *folder.glob("error.*.txt")]:
         stale.unlink()
-    record = LaunchRecord(config.run.name, config.cluster.executor, entries, "", now())
+    record = LaunchRecord(config.run.name, config.cluster.executor, entries, "", now(), config.cluster.max_requeues)
     write_launch(folder, record)
     return record
 
@@ -193,7 +161,8 @@ def run_here(
     parallel: int,
 ) -> int:
     """Run on this machine, so many at a time, and wait; the exit code is that of the worst run."""
-    waiting, running, started = list(functions), [], []
+    waiting, started = list(functions), []
+    running: list[submitit.Job[int]] = []
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
@@ -203,7 +172,7 @@ def run_here(
                 record.job = ",".join(started)
                 write_launch(folder, record)
                 print(f"started {record.runs[len(started) - 1].name}: {job.paths.stdout}", flush=True)
-            # the debug executor runs its job here and now, in this process, when it is asked
+            # the debug executor runs its job when it is asked whether it is done
             running = [job for job in running if not job.done()]
             time.sleep(0.2 if running else 0)
     except KeyboardInterrupt:
@@ -216,5 +185,5 @@ def run_here(
 
 
 def worst(code: int | None) -> int:
-    """An exit code of a run as one of ours: a run without any was killed."""
-    return 1 if code is None or code not in (EXIT_DONE, EXIT_USER_ERROR, 75) else code
+    """A run's exit code as one of hdscale's: a run without any was killed."""
+    return code if code in (EXIT_DONE, EXIT_USER_ERROR, EXIT_PREEMPTED) else EXIT_BROKEN

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM
 
+from hdscale.bases.base import quiet_loading, tokenizer_name
 from hdscale.config import Config, load_config
 from hdscale.data.tokenize import load_tokenizer
 from hdscale.errors import UserError
 from hdscale.modeling.config import CONFIG_FILE
+from hdscale.modeling.model import build_model, from_pretrained
 from hdscale.ops.precision import DTYPES
 from hdscale.resolve import resolve_model
 
@@ -35,9 +38,7 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What the user asked to load: `run` (a run's folder) or `model` (an export, a checkpoint folder or a hub
-    id).
-    """
+    """What the user asked to load: `run` (a run's folder) or `model` (an export, a checkpoint folder or a hub id)."""
 
     run: str | None = None
     model: str | None = None
@@ -76,8 +77,6 @@ class Choice:
         name = str(self.model)
         if (Path(name) / CONFIG_FILE).is_file():
             return "export"
-        from transformers import AutoConfig
-
         try:
             described = AutoConfig.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -98,7 +97,7 @@ class Choice:
         """Load weights and tokenizer.
 
         Raises:
-            UserError: whatever is there is no model that can be used.
+            UserError: if there is no model that can be used.
         """
         self.check()
         device = self.torch_device
@@ -111,12 +110,7 @@ class Choice:
         return self._load_checkpoint(kind == "extractive", dtype, device)
 
     def _load_run(self, config: Config, dtype: torch.dtype, device: torch.device) -> Loaded:
-        """A run's exported trainables on the base that it was trained on (a random base is that of the run's
-        seed).
-        """
-        from hdscale.bases.base import tokenizer_name
-        from hdscale.modeling.model import build_model
-
+        """A run's exported trainables on the base that it was trained on (a random base comes from the run's seed)."""
         tokenizer = load_tokenizer(self.tokenizer or tokenizer_name(config.model), config.model.revision)
         described = resolve_model(config)
         described.model.init_adapter = None
@@ -127,9 +121,6 @@ class Choice:
 
     def _load_export(self, dtype: torch.dtype, device: torch.device) -> Loaded:
         """Exported trainables on the base that they name."""
-        from hdscale.bases.base import tokenizer_name
-        from hdscale.modeling.model import from_pretrained
-
         folder = Path(str(self.model))
         model = from_pretrained(folder, dtype, device).eval()
         name = self.tokenizer or tokenizer_name(model.config.model)
@@ -138,10 +129,6 @@ class Choice:
 
     def _load_checkpoint(self, extractive: bool, dtype: torch.dtype, device: torch.device) -> Loaded:
         """A checkpoint of transformers: sequence to sequence, or one that marks answers in a context."""
-        from transformers import AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM
-
-        from hdscale.bases.base import quiet_loading
-
         name = str(self.model)
         tokenizer = load_tokenizer(self.tokenizer or name)
         kind = AutoModelForQuestionAnswering if extractive else AutoModelForSeq2SeqLM
@@ -169,7 +156,8 @@ class Seq2Seq(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None = None, **arguments: Any
     ) -> Tensor:
         """Token ids [B, T'], the decoder's start token first."""
-        return self.base.generate(input_ids=input_ids, attention_mask=attention_mask, **arguments)
+        base: Any = self.base
+        return base.generate(input_ids=input_ids, attention_mask=attention_mask, **arguments)
 
     def log_likelihood(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, task_ids: Tensor | None = None

@@ -63,7 +63,7 @@ def resolve(config: Config, world_size: int) -> Resolved:
     """Work out a run's tasks, model and DeepSpeed configuration, and check them against each other.
 
     Raises:
-        UserError: for whatever can be wrong with a configuration by itself, before anything is loaded or overwritten.
+        UserError: for a mistake that the configuration alone shows, before anything is loaded or overwritten.
     """
     tasks = resolve_tasks(config)
     for task in tasks.all:

@@ -1,8 +1,8 @@
 """`setting()`: a field of a settings class, with its default, its help and the values that it may have.
 
 Each room declares its settings as a dataclass of such fields in its `settings.py`. The field says what may stand in it:
-a `Literal` type for a choice, `at_least`, `above`, `at_most` for a number. `Settings.validate` checks both; what concerns
-several fields at once a class adds in its own `validate`.
+a `Literal` type for a choice, `at_least`, `above`, `at_most` for a number. `Settings.validate` checks both; what
+concerns several fields at once a class adds in its own `validate`.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -46,7 +46,7 @@ from hdscale.evaluation.settings import EvalSettings
 from hdscale.evaluation.summary import score_summary
 from hdscale.files import write_json
 from hdscale.modeling.export import read_trainables
-from hdscale.modeling.model import build_model
+from hdscale.modeling.model import AdaptedModel, build_model
 from hdscale.ops.precision import DTYPES
 from hdscale.resolve import resolve
 from hdscale.runs.folder import RunFolder
@@ -59,7 +59,7 @@ from hdscale.runs.state import Metrics, RunState
 
 
 def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
-    """Train, evaluate and test; or go on where an earlier session of the same run stopped.
+    """Train, evaluate and test; or resume where an earlier session of the same run stopped.
 
     Args:
         config: the run.
@@ -264,7 +264,7 @@ class LoggedEvaluator:
         """Metrics of the tasks on a split, logged; `step` names what is evaluated.
 
         Raises:
-            EvaluationStopped: if the run is to stop; what is decoded already is found again.
+            EvaluationStopped: if the run is to stop; what is decoded already is kept.
         """
         with self.engine.evaluating():
             evaluation = self.evaluator.evaluate(tasks, split, step, limit, self.log.evaluating(split))
@@ -322,7 +322,7 @@ def export(engine: Engine, folder: Path) -> None:
     """Write the float32 masters of the trainables as an export, on rank 0."""
     # gathering is collective, keeping is not
     tensors = {name: tensor for name, tensor in engine.trainable_tensors() if engine.ranks.is_main}
-    engine.ranks.on_main(engine.module.save_pretrained, str(folder), tensors)
+    engine.ranks.on_main(cast(AdaptedModel, engine.module).save_pretrained, str(folder), tensors)
 
 
 def save_state(engine: Engine, folder: RunFolder, config: Config, state: RunState, log: RunLog) -> None:
@@ -384,7 +384,8 @@ def run(config_file: str, overrides: list[str], fresh: bool = False) -> int:
         report(error, show=rank == 0)
         return EXIT_USER_ERROR
     except RendezvousError as error:
-        # not the user's mistake, so a job tries again; each rank knows other ranks to be missing, so each prints its own
+        # not the user's mistake, so a job tries again; each rank knows other ranks to be missing, so each prints its
+        # own
         print(f"hdscale: {error}", file=sys.stderr, flush=True)
         return EXIT_BROKEN
     finally:

@@ -1,4 +1,4 @@
-# What the scripts of this folder share: hdscale_run CONFIG [key=value …] starts the ranks, one a GPU, by srun, and
+# What the scripts of this folder share: hdscale_run CONFIG [key=value …] starts the ranks, one per GPU, by srun, and
 # requeues the job when it was pre-empted, timed out or broke (see hdscale/cluster/batch.sh).
 # Started with bash instead of sbatch, a script submits itself, with the account and partition of env.sh.
 
@@ -9,12 +9,12 @@ hdscale_run() {
   shift
   cd "$hdscale_root" || exit 2
   for argument in "$@"; do
-    # a fresh start is wanted once: after a requeue the run must go on
+    # a fresh start is wanted once: after a requeue the run must resume
     if [ "$argument" = --fresh ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then continue; fi
     arguments+=("$argument")
   done
 
-  # one rank a GPU: with fewer GPUs (sbatch --gpus-per-node=4) fewer tasks are started than there are slots for
+  # one rank per GPU: with fewer GPUs (sbatch --gpus-per-node=4) fewer tasks are started than there are slots for
   ranks=${SLURM_NTASKS_PER_NODE:-1}
   if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ] && [ "$ranks" -gt "$SLURM_GPUS_ON_NODE" ]; then
     ranks=$SLURM_GPUS_ON_NODE

@@ -1,6 +1,10 @@
-"""Fixtures that every room's tests share."""
+"""Fixtures that every room's tests share, and the record of a whole run."""
 
 from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,5 +13,28 @@ from tests.helpers.ranks import RankPool
 
 @pytest.fixture(scope="session")
 def rank_pool() -> RankPool:
-    """Ranks without the cost of a launch: `rank_pool(2).run("tests.module:function", kwargs)`; see tests/helpers/ranks.py."""
+    """Ranks without the cost of a launch: `rank_pool(2).run("tests.module:function", kwargs)`.
+
+    See tests/helpers/ranks.py.
+    """
     return RankPool()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", metavar="FILE", help="write a summary of the run to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STARTED] = time.time()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if path := config.getoption("--record"):
+        # torch is imported for its version: only where a record is wanted
+        from tests.helpers.record import summary
+
+        text = summary(terminalreporter.stats, time.time() - config.stash[STARTED], config.rootpath)
+        Path(path).write_text(text, encoding="utf-8")
+
+
+STARTED = pytest.StashKey[float]()

@@ -140,8 +140,8 @@ def test_times(time: str, expected: int) -> None:
         ({"executor": "slrum"}, "did you mean 'slurm'"),
         ({"nodes": 0}, "cluster.nodes=0: must be at least 1"),
         ({"gpus_per_node": -1}, "cluster.gpus_per_node=-1"),
-        ({"time": "tomorrow"}, "is no time"),
-        ({"time": "0"}, "more than nothing"),
+        ({"time": "tomorrow"}, "is not a time limit"),
+        ({"time": "0"}, "must be longer than 0"),
         ({"time": "3"}, "is not longer than cluster.signal_delay"),
         ({"executor": "local", "nodes": 2}, "this machine only"),
         ({"executor": "debug"}, "one process"),
@@ -149,7 +149,9 @@ def test_times(time: str, expected: int) -> None:
 )
 def test_settings_that_cannot_be_meant(settings: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        script(**settings)
+        cluster = ClusterSettings(**settings)
+        cluster.validate()
+        cluster.check_executor()
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_launch(folder, LaunchRecord("grid", "slurm", runs, "7", "2026-01-01 00:00:00"))
     write_state(folder, 0, RunState(job="7_0", starts=2, step=40, outcome="done"))
     write_state(folder, 1, RunState(job="7_1", starts=1, outcome="failed", reason="a mistake"))
-    write_state(folder, 2, RunState(job="7_2", starts=4, stalled=4, outcome="stalled", reason="exit code 1; given up"))
+    write_state(folder, 2, RunState(job="7_2", starts=4, stalled=4, outcome="stalled", reason="exit code 1; not requeued"))
     error_file(folder, 1).write_text("rte has no test split; choose another task\n")
     log = "Traceback (most recent call last):\n  ...\ntorch.OutOfMemoryError: CUDA out of memory\n"
     log += "srun: error: Exited\n"
@@ -234,7 +236,7 @@ def test_status_shows_states_steps_and_errors(recorded: Path, capsys: pytest.Cap
     assert "seed=2 7_2 given up - 4" in lines
     assert "seed=3 7_3 lost: cancelled, or its node died - -" in lines
     assert "seed=1: rte has no test split; choose another task" in lines
-    assert "seed=2: torch.OutOfMemoryError: CUDA out of memory (exit code 1; given up)" in lines
+    assert "seed=2: torch.OutOfMemoryError: CUDA out of memory (exit code 1; not requeued)" in lines
 
 
 def test_status_without_a_name_lists_launches(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:

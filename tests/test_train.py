@@ -135,7 +135,7 @@ def test_torn_newest_checkpoint_is_passed_over(rank_pool, settings, undisturbed,
     torn.write_bytes(torn.read_bytes()[:-100])
     assert rank_pool(2).run(JOB, {"overrides": overrides})[0]["code"] == 0
     log = (tmp_path / "run" / "train.log").read_text()
-    assert "step_00000006 is torn" in log and "trainable.safetensors" in log
+    assert "step_00000006 is incomplete or damaged" in log and "trainable.safetensors" in log
     assert losses(tmp_path / "run") == losses(undisturbed[0])
 
 

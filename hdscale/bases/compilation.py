@@ -41,7 +41,8 @@ def decompile_stacks(base: nn.Module) -> None:
 
 def compiled_modules(base: nn.Module) -> Iterator[nn.Module]:
     """The modules of each block that are compiled."""
-    for stack in (base.encoder, base.decoder):
+    for name in ("encoder", "decoder"):
+        stack: Any = base.get_submodule(name)
         for block in stack.block:
             first, last = block.layer[0], block.layer[-1]
             yield from (first.layer_norm, first.SelfAttention, last.layer_norm, last.DenseReluDense)

@@ -13,8 +13,11 @@ from torch.nn import functional
 from transformers.activations import NewGELUActivation
 
 
-class OneStepNorm:
-    """Mixin for T5LayerNorm and MT5LayerNorm: division by the root mean square, without mean and bias."""
+class OneStepNorm(nn.Module):
+    """Before T5LayerNorm or MT5LayerNorm among a class's bases: division by the root mean square, no mean, no bias."""
+
+    weight: Tensor
+    variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., D], equal to transformers' result up to rounding."""

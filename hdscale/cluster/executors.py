@@ -12,9 +12,9 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
-import hdscale
 from hdscale.cluster.settings import ClusterSettings
 from hdscale.errors import UserError
+from hdscale.files import package_root
 
 
 def build_executor(
@@ -71,6 +71,8 @@ def slurm_parameters(cluster: ClusterSettings, folder: Path, name: str, code: Pa
     setup = [
         *cluster.setup,
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        # the package of the line above, not one in the folder that the job is submitted from
+        "export PYTHONSAFEPATH=1",
         f"export HDSCALE_MAX_REQUEUES={cluster.max_requeues}",
         f"HDSCALE_PYTHON={shlex.quote(shlex.join(batch_python(cluster)))}",
         f"source {shlex.quote(str(code / 'hdscale/cluster/batch.sh'))}",
@@ -125,11 +127,6 @@ def batch_python(cluster: ClusterSettings) -> list[str]:
         step = ["srun", "--nodes=1", "--ntasks=1", "--overlap", f"--container-image={cluster.container}"]
         return [*step, "python"]
     return rank_python(cluster)
-
-
-def package_root() -> Path:
-    """The folder that holds the package `hdscale` (the checkout, or site-packages)."""
-    return Path(hdscale.__file__).resolve().parents[1]
 
 
 def take_snapshot(folder: Path) -> Path:

@@ -1,30 +1,33 @@
-"""What submitit runs in each rank: `hdscale train` on the run's own configuration."""
+"""What submitit runs as each rank: `python -m hdscale train` on the run's own configuration."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from hdscale.cluster.batch import note_end, note_start
-from hdscale.cluster.records import error_file, read_launch, read_state
-from hdscale.config import load_config
+from hdscale.cluster.records import LaunchRecord, error_file, read_launch, read_state
 from hdscale.errors import ERROR_FILE, EXIT_DONE
+from hdscale.files import package_root
 
 LOCAL_AGAIN = 144
 """The exit code at which submitit's local controller starts the ranks again (at most six times)."""
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT)
+"""Signals that submitit handles, and that are the run's own business here."""
 
 
 @dataclass
 class TrainingJob:
     """One run of a launch, as a picklable callable without arguments.
 
-    Signals, checkpoints and requeueing are the run's own (`hdscale.engine.preemption`,
-    `hdscale/cluster/batch.sh`): submitit's would tell global rank 0 only, and count every interruption of a
-    short job as a time-out.
+    Signals, checkpoints and requeueing are handled by the run itself (`hdscale.engine.preemption`) and by
+    `hdscale/cluster/batch.sh`: submitit would tell global rank 0 only, and count every interruption of a short job as a
+    time-out.
 
     Attributes:
         launch: folder of the launch.
@@ -38,47 +41,66 @@ class TrainingJob:
 
     def __call__(self) -> int:
         # submitit has installed its handlers just before; until the run has its own, a signal ends this rank
-        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         folder = Path(self.launch)
+        record = read_launch(folder)
         executor = os.environ.get("SUBMITIT_EXECUTOR", "debug")
-        if executor == "slurm":  # the batch shell notes the start and the end
-            code = self.train(folder)
-        else:
-            code = self.train_without_slurm(folder, executor)
-        # SystemExit goes past submitit, which would otherwise take any return for success
-        if code != EXIT_DONE:
-            sys.exit(code)
-        return code
+        if executor != "slurm":
+            os.environ[ERROR_FILE] = str(error_file(folder, self.index))
+            if os.environ.get("SUBMITIT_LOCAL_GLOBALID", "0") == "0":
+                code = self.noted(folder, record, executor)
+                # SystemExit goes past submitit, which would otherwise take any return for success
+                if code != EXIT_DONE:
+                    sys.exit(code)
+                return code
+        # under SLURM the batch shell notes the start and the end, elsewhere rank 0: this process becomes the rank
+        command = self.command(folder, record)
+        os.execve(command[0], command, environment())
 
-    def train(self, folder: Path) -> int:
-        """`hdscale train`; its exit code."""
-        from hdscale.commands.cli import main
-
-        run = read_launch(folder).runs[self.index]
+    def command(self, folder: Path, record: LaunchRecord) -> list[str]:
+        """The command line of a rank."""
         fresh = ["--fresh"] if self.fresh and read_state(folder, self.index).starts <= 1 else []
-        return main(["train", "--config", run.config, *fresh])
+        # -P: the package is that of PYTHONPATH, not one that happens to lie in the working folder
+        return [sys.executable, "-P", "-m", "hdscale", "train", "--config", record.runs[self.index].config, *fresh]
 
-    def train_without_slurm(self, folder: Path, executor: str) -> int:
-        """The same, doing what the batch shell does under SLURM: rank 0 notes the start and the end."""
-        os.environ[ERROR_FILE] = str(error_file(folder, self.index))
-        if os.environ.get("SUBMITIT_LOCAL_GLOBALID", "0") != "0":
-            return self.train(folder)
-        run = read_launch(folder).runs[self.index]
+    def noted(self, folder: Path, record: LaunchRecord, executor: str) -> int:
+        """Run rank 0 without SLURM, and note its start and end as the batch shell does under SLURM.
+
+        Returns:
+            its exit code, or submitit's code for another start.
+        """
+        run = record.runs[self.index]
         job = os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
         note_start(folder, self.index, run, job, str(folder / f"{job}_0_log.out") if executor == "local" else "")
-        try:
-            code = self.train(folder)
-        except Exception:
-            if executor == "debug":
-                raise
-            traceback.print_exc()
-            code = 1
-        limit = load_config(run.config).cluster.max_requeues
-        state = note_end(folder, self.index, run, code, "RUNNING", limit)
-        if state.outcome != "again":
-            return code
-        if executor == "local":
+        code = run_with_signals(self.command(folder, record))
+        state = note_end(folder, self.index, run, code, "RUNNING", record.max_requeues)
+        if state.outcome == "again" and executor == "local":
             print(f"hdscale: {run.name}: {state.reason}", file=sys.stderr, flush=True)
             return LOCAL_AGAIN
         return code
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, with the package that runs here first on Python's path."""
+    path = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(package_root()), *([path] if path else [])])}
+
+
+def run_with_signals(command: list[str]) -> int:
+    """Run a command, pass on the signals that this process gets, and return its exit code (as a shell counts it)."""
+    with subprocess.Popen(command, env=environment()) as child:
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            child.send_signal(number)
+
+        before = {number: signal.signal(number, forward) for number in SIGNALS}
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            # the terminal has told the child too: it saves and ends
+            code = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return code if code >= 0 else 128 - code

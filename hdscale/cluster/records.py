@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from hdscale.errors import UserError
+from hdscale.files import write_json
 
 LAUNCHES = "launches"
 
@@ -38,6 +37,7 @@ class LaunchRecord:
         name: as given to `--status`.
         executor: slurm, local, debug, or sbatch (a script of slurm/ submitted by hand).
         job: SLURM's id of the job or of the array; of a process for the local executor.
+        max_requeues: restarts without a newer checkpoint before a job is not requeued any more.
     """
 
     name: str
@@ -45,6 +45,7 @@ class LaunchRecord:
     runs: list[RunEntry]
     job: str = ""
     submitted: str = ""
+    max_requeues: int = 3
 
     def job_of(self, index: int) -> str:
         """SLURM's id of one run."""
@@ -86,6 +87,7 @@ def launch_folder(run_dir: str | Path, name: str) -> Path:
 
 def write_launch(folder: Path, record: LaunchRecord) -> None:
     """Write `launch.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "launch.json", dataclasses.asdict(record))
 
 
@@ -117,6 +119,7 @@ def read_state(folder: Path, index: int) -> RunState:
 
 def write_state(folder: Path, index: int, state: RunState) -> None:
     """Write the state of one run."""
+    folder.mkdir(parents=True, exist_ok=True)
     state.time = now()
     write_json(folder / f"state.{index}.json", dataclasses.asdict(state))
 
@@ -124,14 +127,6 @@ def write_state(folder: Path, index: int, state: RunState) -> None:
 def error_file(folder: Path, index: int) -> Path:
     """Where the ranks of a run write a mistake of the user's (`hdscale.errors.ERROR_FILE`)."""
     return folder.absolute() / f"error.{index}.txt"
-
-
-def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """Write a file whole or not at all: a job may be killed while it writes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(tree, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def newest_step(run_folder: str | Path) -> int:

@@ -12,11 +12,11 @@ from hdscale.settings import Settings, setting
 class ClusterSettings(Settings):
     """How `hdscale launch` asks SLURM for machines, and how the ranks find each other.
 
-    Nothing here changes what a run computes: a run may go on with other values.
+    Nothing here changes what a run computes: a run may resume with other values.
     """
 
     executor: Literal["slurm", "local", "debug"] = setting(
-        "slurm", "where `hdscale launch` runs: slurm, local (this machine) or debug (this process)"
+        "slurm", "where `hdscale launch` runs: slurm, local (this machine) or debug (one process in the foreground)"
     )
     nodes: int = setting(1, "number of nodes", at_least=1)
     gpus_per_node: int = setting(8, "GPUs per node, one rank each (0: CPU ranks)", at_least=0)

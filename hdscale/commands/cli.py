@@ -1,13 +1,13 @@
-"""`hdscale VERB`: one table of verbs; each verb is a module with `add_arguments(parser)` and `run(args) -> exit code`."""
+"""`hdscale VERB`: the table of verbs. A verb is a module with `add_arguments(parser)` and `run(args) -> exit code`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from hdscale.errors import EXIT_USER_ERROR, UserError, report
+from hdscale.errors import guarded
 
 VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("hdscale.commands.prepare", "fetch data, tokenizer and weights into a folder for offline machines"),
@@ -19,7 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "predict": ("hdscale.commands.predict", "predict for JSON lines: any task, or free text"),
     "params": ("hdscale.commands.params", "count parameters by part, and the trainable share"),
     "convert": ("hdscale.commands.convert", "convert a checkpoint of the released implementation to an export"),
-    "launch": ("hdscale.launch", "submit a run or a sweep to SLURM; status, logs, cancel"),
+    "launch": ("hdscale.commands.launch", "submit a run or a sweep to SLURM; status, logs, cancel"),
     "plan": ("hdscale.commands.plan", "memory, time and communication of a run, before it costs anything"),
     "study": ("hdscale.commands.study", "run a scaling study, resume it, report it"),
     "analyze": ("hdscale.commands.analyze", "embeddings as pictures, comparisons over seeds, the paper's tables"),
@@ -53,14 +53,3 @@ def parse(argv: list[str]) -> argparse.Namespace:
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     return parser.parse_args(argv)
-
-
-def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Run a command; a user's mistake becomes one line on stderr and exit code 2."""
-    try:
-        return run(args)
-    except UserError as error:
-        report(error)
-        return EXIT_USER_ERROR
-    except BrokenPipeError:
-        return 0

@@ -23,10 +23,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hdscale import __version__
 from hdscale.engine.deepspeed_engine import Engine, NonFiniteError
 from hdscale.errors import UserError
 
 FORMAT_VERSION = 1
+FIRST_VERSION = "0.1"
+"""The hdscale of checkpoints that do not name their version."""
 SHARD_BYTES = 4 * 2**30
 """Most bytes of tensors that rank 0 holds at once while saving, and of one file (a single larger tensor excepted)."""
 
@@ -48,7 +51,7 @@ def save_checkpoint(
 
     Args:
         folder: the run's `checkpoints/`.
-        state: what the training loop needs to go on; plain JSON values.
+        state: what the training loop needs to resume; plain JSON values.
 
     Returns:
         the checkpoint's folder.
@@ -74,6 +77,7 @@ def save_checkpoint(
             "world_size": ranks.world_size,
             "threads": ranks.threads,
             "zero_stage": engine.stage,
+            "hdscale": __version__,
             "torch": torch.__version__,
         }
     )
@@ -88,7 +92,7 @@ def save_checkpoint(
 
 
 class Writer:
-    """Rank 0's side of saving. After a failure it goes on consuming tensors, which are gathered collectively, idly.
+    """Rank 0's side of saving. After a failure it still takes all tensors (gathering them is collective) and drops them.
 
     Attributes:
         failure: what went wrong first, or None.
@@ -194,7 +198,7 @@ def plain_reason(error: Exception) -> str:
     if any(sign in text for sign in ("No space left", "os error 28", "Errno 28", "quota", "os error 122", "Errno 122")):
         return "the disk is full; free some space and run the same command again"
     if "ermission denied" in text or "Read-only" in text:
-        return f"no write permission ({text}); mend it and run the same command again"
+        return f"no write permission ({text}); correct it and run the same command again"
     return text
 
 
@@ -203,7 +207,7 @@ def prune(folder: Path, keep: int) -> None:
     steps = sorted(path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name))
     doomed = steps[: len(steps) - max(1, keep)]
     for path in (*doomed, *folder.glob(f"{REPLACED}*")):
-        # renamed first: a half-removed checkpoint must not look like a torn one
+        # renamed first: a half-removed checkpoint must not look like an incomplete one
         target = path.with_name(REMOVING + path.name)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(path, target)
@@ -221,7 +225,7 @@ def newest_whole_checkpoint(folder: str | Path, warn: Callable[[str], None] = pr
         fault = find_fault(path)
         if fault is None:
             return path
-        warn(f"checkpoint {path} is torn ({fault}); trying the one before it")
+        warn(f"checkpoint {path} is incomplete or damaged ({fault}); trying the previous one")
     if candidates:
         warn(f"no checkpoint in {folder} is whole; starting from the beginning")
     return None
@@ -245,10 +249,10 @@ def find_fault(path: Path) -> str | None:
 
 
 def load_newest_checkpoint(engine: Engine, folder: str | Path, log: Any) -> dict[str, Any] | None:
-    """Bring the engine to the newest whole checkpoint of `folder`. Collective; any world size and ZeRO stage.
+    """Bring the engine to the newest complete checkpoint of `folder`. Collective; any world size and ZeRO stage.
 
     Args:
-        log: its `warning(text)` is told of torn checkpoints, and of another world size or number of threads.
+        log: its `warning(text)` reports incomplete checkpoints, and another world size, number of threads or version.
 
     Returns:
         the state that was saved, with `step`; None where there is no checkpoint.
@@ -274,6 +278,12 @@ def load_newest_checkpoint(engine: Engine, folder: str | Path, log: Any) -> dict
                     f"resuming with {what} {now} instead of {state[what]}: the data order is the same, "
                     "the numbers will be close but not identical"
                 )
+        for what, before, now in (
+            ("hdscale", state.get("hdscale", FIRST_VERSION), __version__),
+            ("torch", state["torch"], torch.__version__),
+        ):
+            if before != now:
+                log.warning(f"made by {what} {before}, resumed with {now}: the last bits of results may differ")
         return str(path), state
 
     chosen = ranks.on_main(choose)

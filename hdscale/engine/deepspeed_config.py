@@ -120,7 +120,8 @@ def refuse_contradictions(config: dict[str, Any], name: str, train: TrainSetting
 
     decided = [
         ("train_batch_size", config.get("train_batch_size"), "train.global_batch_size", train.global_batch_size),
-        ("train_micro_batch_size_per_gpu", config.get("train_micro_batch_size_per_gpu"), "train.micro_batch_size", micro),
+        ("train_micro_batch_size_per_gpu", config.get("train_micro_batch_size_per_gpu"),
+         "train.micro_batch_size", micro),
         ("gradient_accumulation_steps", config.get("gradient_accumulation_steps"),
          "train.global_batch_size / (ranks * train.micro_batch_size)", -(-rows // micro)),
         ("gradient_clipping", config.get("gradient_clipping"), "train.gradient_clipping", train.gradient_clipping),
@@ -135,7 +136,8 @@ def refuse_contradictions(config: dict[str, Any], name: str, train: TrainSetting
         raise UserError(f"{name}: optimizer.type={optimizer['type']}: hdscale trains with AdamW; leave optimizer out")
     if config.get("scheduler"):
         raise UserError(
-            f"{name}: scheduler contradicts train.warmup_steps and train.max_steps, which set the schedule; leave it out"
+            f"{name}: scheduler contradicts train.warmup_steps and train.max_steps, "
+            "which set the schedule; leave it out"
         )
     if fp16.get("enabled") or amp.get("enabled"):
         raise UserError(f"{name}: fp16 or amp contradicts train.dtype={train.dtype}; T5 overflows in fp16: use bf16")
@@ -170,7 +172,7 @@ def section(config: dict[str, Any], key: str, name: str) -> dict[str, Any]:
 
 
 def validate_zero_section(zero: dict[str, Any], name: str) -> None:
-    """Let DeepSpeed judge its own section now, and not after the model is loaded."""
+    """Let DeepSpeed check its own section now, and not after the model is loaded."""
     import pydantic
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 

@@ -1,4 +1,4 @@
-"""The training step under DeepSpeed: the gradient of one global batch, however it is cut into ranks and micro-batches."""
+"""The training step under DeepSpeed: one global batch's gradient, however it is cut into ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ IDS_SHOWN = 16
 
 
 class NonFiniteError(UserError):
-    """The loss, a gradient or a weight is infinite or not a number: training cannot go on."""
+    """The loss, a gradient or a weight is infinite or not a number: training cannot continue."""
 
 
 class PendingStep:
-    """A step that is handed out; its numbers come with `result()`, best asked for when the next step is under way.
+    """A step that was started; `result()` waits for its numbers, and is best called once the next step is started.
 
     Args:
         step: its number, counted from 1.
@@ -60,8 +60,8 @@ class PendingStep:
         """The step's numbers, once the device has computed them.
 
         Raises:
-            NonFiniteError: on every rank, if the loss or the gradient was not finite. The update may have been made with
-                it: neither save the engine nor train on.
+            NonFiniteError: on every rank, if the loss or the gradient was not finite. The update may have been made
+                with it: neither save the engine nor train on.
         """
         if self._ready is not None:
             self._ready.synchronize()
@@ -141,7 +141,7 @@ class Engine:
         and micro-batches first, so that the gradient does not depend on how the batch was cut. Dropout is seeded by
         (seed, step, rank, micro-batch), so that a resumed run draws the same masks.
 
-        On a GPU this call only hands out work (ZeRO-2 in bf16): the host goes on to the next step while the device
+        On a GPU this call only queues work (ZeRO-2 in bf16): the host continues with the next step while the device
         computes, and reads the step's numbers when `result()` is asked for.
 
         Args:
@@ -211,7 +211,7 @@ class Engine:
             self.module.train()
 
     def trainable_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, fp32 master on the CPU) of each trainable, one after the other. Collective: every rank must iterate."""
+        """(name, fp32 master on the CPU) of each trainable in turn. Collective: every rank must iterate."""
         for name, parameter in self.parameters.items():
             yield name, zero.full_master(parameter).detach().cpu()
 

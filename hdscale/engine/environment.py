@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hdscale.errors import UserError
 
 PORT_BASE, PORT_JOBS, PORT_STEPS = 15000, 1024, 16
-"""Ports 15000-31383: below those that Linux hands out to outgoing connections (32768 and up)."""
+"""Ports 15000-31383: below those that Linux gives to outgoing connections (32768 and up)."""
 
 
 LAUNCHERS = {
@@ -85,12 +85,12 @@ def read_environment(environ: Mapping[str, str] = os.environ) -> Launch:
     elif "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
         launch = from_slurm(environ)
     elif "RANK" in environ and "WORLD_SIZE" in environ:
-        # only now: a SLURM step knows better than variables left over in the user's shell
+        # after SLURM: variables in the user's shell may be old
         launch = from_rank_variables(environ, "environment")
     else:
         # in a batch script or an salloc shell, without srun: one process, whatever the allocation's size
-        job = environ.get("SLURM_JOB_ID", "")
-        launch = Launch("none", job=f"(inside SLURM job {job}, but not by srun)" if job else "")
+        allocation = environ.get("SLURM_JOB_ID", "")
+        launch = Launch("none", job=f"(inside SLURM job {allocation}, but not by srun)" if allocation else "")
     if not 0 <= launch.rank < launch.world_size:
         raise UserError(f"rank {launch.rank} of {launch.world_size} is impossible; unset RANK and WORLD_SIZE")
     return launch

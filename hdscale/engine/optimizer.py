@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -40,9 +40,8 @@ def build_optimizer(model: nn.Module, train: TrainSettings, fused: bool) -> torc
     parameters = trainable_parameters(model)
     if not parameters:
         raise UserError("the method has no trainable parameters; choose another method.name or larger sizes")
-    own_rates: Mapping[str, float] = {}
-    if hasattr(model, "learning_rates"):
-        own_rates = model.learning_rates(train.learning_rate)
+    learning_rates: Callable[[float], Mapping[str, float]] | None = getattr(model, "learning_rates", None)
+    own_rates = learning_rates(train.learning_rate) if learning_rates else {}
     unknown = [name for name in own_rates if name not in parameters]
     if unknown:
         raise KeyError(f"learning_rates() names parameters that are not trained: {unknown[:5]}")

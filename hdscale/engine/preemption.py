@@ -20,7 +20,7 @@ class Preemption:
     """Notes a request to stop; `agreed()` tells when all ranks know, at a place where all of them are.
 
     The handler does nothing but set a flag, so a second signal, or one in the middle of a save, disturbs nothing.
-    Signals usually reach some ranks first, and the deepspeed launcher dies of its own without passing them on: so
+    Signals usually reach some ranks first, and the deepspeed launcher ends without passing them on: so
     a rank that has lost its launcher asks to stop too.
 
         with Preemption(ranks) as preemption:

@@ -67,7 +67,7 @@ class Ranks:
         Args:
             launch: this process's place; default: read from the environment.
             threads: CPU threads; default: OMP_NUM_THREADS, else this rank's share of the node's cores.
-            timeout_minutes: how long a collective waits for the slowest rank before the run is given up.
+            timeout_minutes: how long a collective waits for the slowest rank before the run fails.
             device: "cpu" or "cuda"; default: CUDA where there is one.
             rendezvous_seconds: how long to wait for every rank to appear.
 
@@ -92,16 +92,18 @@ class Ranks:
         timeout = timedelta(minutes=timeout_minutes)
         if device_type == "cuda":
             torch.cuda.set_device(place)
-        common = {"rank": launch.rank, "world_size": launch.world_size, "timeout": timeout}
-        if launch.world_size == 1:
-            common["store"] = dist.HashStore()
-        else:
-            common["store"] = meet(launch, rendezvous_seconds)
-            common["store"].set_timeout(timeout)
+        store = dist.HashStore() if launch.world_size == 1 else meet(launch, rendezvous_seconds)
+        store.set_timeout(timeout)
+        group: dict[str, Any] = {
+            "rank": launch.rank,
+            "world_size": launch.world_size,
+            "timeout": timeout,
+            "store": store,
+        }
         if device_type == "cuda":
-            dist.init_process_group("nccl", device_id=place if launch.world_size > 1 else None, **common)
+            dist.init_process_group("nccl", device_id=place if launch.world_size > 1 else None, **group)
         else:
-            dist.init_process_group("gloo", **common)
+            dist.init_process_group("gloo", **group)
         host_group = dist.new_group(backend="gloo", timeout=timeout) if device_type == "cuda" else None
         attach_deepspeed()
         return cls(launch, place, threads, host_group)
@@ -226,8 +228,8 @@ def free_port() -> int:
 def attach_deepspeed() -> None:
     """Let DeepSpeed use the process group that exists.
 
-    Its shared-memory communication op is switched off first: it would be compiled here and now on each machine, and
-    the leftover lock of a killed build makes that wait for ever.
+    Its shared-memory communication op is switched off first: it would be compiled on each machine, and the lock that
+    a killed build leaves behind would block that compilation forever.
     """
     import deepspeed
     from deepspeed.utils import logger

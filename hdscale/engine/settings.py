@@ -54,7 +54,7 @@ class TrainSettings(Settings):
 
     @property
     def tokens_found_automatically(self) -> bool:
-        """Whether the run measures by itself how many tokens a pass should have."""
+        """Whether the run measures how many tokens per pass are best."""
         return self.tokens_per_micro_batch == AUTO
 
     @property

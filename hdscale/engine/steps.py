@@ -51,7 +51,7 @@ class Steps:
         self._pending = pending, counts
 
     def finish(self) -> None:
-        """Wait for the step that is handed out, if any, and log it: before anything is saved or evaluated.
+        """Wait for the step that was started, if any, and log it: before anything is saved or evaluated.
 
         Raises:
             NonFiniteError: on every rank, if its loss or gradient is not finite.

@@ -1,4 +1,4 @@
-"""What a run measures on its machine and then keeps: tokens per pass, torch.compile, the backend of generated adapters."""
+"""What a run measures on its machine and keeps: tokens per pass, torch.compile, the backend of generated adapters."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def find_token_budget(
 
 
 def pass_fits(engine: Engine, budget: int, longest: tuple[int, int]) -> bool:
-    """Whether the largest pass that a budget allows fits in memory beside the optimizer's state; always true on a CPU."""
+    """Whether the largest pass of a budget fits in memory beside the optimizer's state; always true on a CPU."""
     device = engine.ranks.device
     if device.type != "cuda":
         return True
@@ -198,7 +198,7 @@ def compile_for_training(engine: Engine, choice: str, sample: Sequence[Batch], s
         return
     middle = sample[len(sample) // 2]
     plain = timed(engine, middle)
-    compile_stacks(engine.module.base)
+    compile_stacks(engine.module.get_submodule("base"))
     failure = None
     try:
         first = seconds_of_passes(engine, [sample[0], middle])
@@ -206,7 +206,7 @@ def compile_for_training(engine: Engine, choice: str, sample: Sequence[Batch], s
         failure = str(error).strip().splitlines()[0]
     failures = [one for one in engine.ranks.gather_objects(failure) if one is not None]
     if failures:
-        decompile_stacks(engine.module.base)
+        decompile_stacks(engine.module.get_submodule("base"))
         if choice == "on":
             raise UserError(f"train.compile=on: the compiler failed ({failures[0]}); use train.compile=off")
         if settled.once("compile", lambda: "off") == "on":
@@ -216,7 +216,8 @@ def compile_for_training(engine: Engine, choice: str, sample: Sequence[Batch], s
             )
         else:
             log.warning(
-                f"train.compile=auto: the compiler failed ({failures[0]}); this run is not compiled, now or when resumed"
+                f"train.compile=auto: the compiler failed ({failures[0]}); "
+                "this run is not compiled, now or when resumed"
             )
         return
     settled.once("compile", lambda: "on")

@@ -54,8 +54,9 @@ def local_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
 
     DeepSpeed's own setter of whole tensors does not pad and fails where the ranks do not divide the size.
     """
-    size = parameter.ds_tensor.numel()
-    group = parameter.ds_process_group
+    partitioned: Any = parameter  # DeepSpeed's ZeRO-3 puts attributes on it
+    size = partitioned.ds_tensor.numel()
+    group = partitioned.ds_process_group
     start = size * torch.distributed.get_rank(group=group)
     piece = value.flatten()[start : start + size]
     return torch.nn.functional.pad(piece, (0, size - piece.numel()))
@@ -65,7 +66,7 @@ def master_partitions(optimizer: Any) -> list[torch.Tensor]:
     """This rank's flat fp32 tensors, one for each parameter group (stages 1, 2) or sub-group (stage 3)."""
     for name in (
         "single_partition_of_fp32_groups",  # stages 1 and 2
-        "fp32_groups_flat_partition",  # stage 1 in bf16, which is an optimizer class of its own
+        "fp32_groups_flat_partition",  # stage 1 in bf16, which has a separate optimizer class
         "fp32_partitioned_groups_flat",  # stage 3
     ):
         if hasattr(optimizer, name):
@@ -98,9 +99,9 @@ def link_states(optimizer: Any) -> None:
 def stop_waiting(optimizer: Any) -> None:
     """Let an update of ZeRO-2 in bf16 wait for nothing that the device has yet to compute.
 
-    DeepSpeed 0.19 reads the gradient on the host three times an update: to look for an overflow, to mask the norm, and to
-    clip by it. Here the norm stays on the device, as the factor that clips does, and whoever reads the norm sees that it
-    is not finite. Other stages, offload and fp32 keep DeepSpeed's own way.
+    DeepSpeed 0.19 reads the gradient on the host three times an update: to look for an overflow, to mask the norm, and
+    to clip by it. Here the norm stays on the device, as the factor that clips does, and the caller checks whether
+    the norm is finite. Other stages, offload and fp32 keep DeepSpeed's own way.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 

@@ -3,7 +3,7 @@
 The bits of a matrix product change with the number of rows, so what must be the same at any number of ranks is decided
 globally: rows are sorted by length and cut into batches, and each rank decodes whole batches.
 
-An interrupted evaluation resumes: finished batches are found again in the part files, finished splits in their
+An interrupted evaluation resumes: finished batches are read from the part files, finished splits from their
 predictions, as long as their stamp (the model's step, rows, batch size, decoding) is the same.
 """
 
@@ -231,7 +231,7 @@ class SplitEvaluator(abc.ABC):
     ) -> None:
         """Decode all batches that are in no part file yet, each rank its share, into the part files.
 
-        Ranks take turns together, so `should_stop` is called equally often on each and may be a collective agreement.
+        Ranks decode in lockstep, so `should_stop` is called equally often on each and may be a collective agreement.
 
         Raises:
             EvaluationStopped: on all ranks, after `should_stop()`; the part files keep what is done.

@@ -48,7 +48,7 @@ answer "The")."""
 
 
 def first_questions(examples: Sequence[Example], limit: int) -> int:
-    """How many leading chunks make up the first `limit` questions."""
+    """Number of leading chunks that contain the first `limit` questions."""
     questions: set[str] = set()
     for number, example in enumerate(examples):
         questions.add(question_of(example))

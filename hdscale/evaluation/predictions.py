@@ -27,7 +27,7 @@ SHARED_FILES_SECONDS = 60.0
 
 
 class PredictionFiles:
-    """The predictions of one split: found again where an evaluation was interrupted, as long as the stamp is the same.
+    """The predictions of one split: those of an interrupted evaluation are kept, as long as the stamp is the same.
 
     Args:
         folder: where the files are.

@@ -19,7 +19,7 @@ _ABBREVIATION = re.compile(
     re.IGNORECASE,
 )
 LARGEST_NUMBER = 1e6
-"""A generated number larger than this counts as unreadable: it would decide a correlation by itself."""
+"""A generated number larger than this counts as unreadable: alone it would determine a correlation."""
 
 
 def normalize_answer(text: str) -> str:

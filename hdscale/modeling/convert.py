@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -38,7 +39,7 @@ MLP = {f"embedding.mlp.{i}.{kind}": f"mlp.{i}.{kind}" for i in (0, 2) for kind i
 TASKS = {"task_embedding.weight": "adapter_task_embedding.weight"}
 
 
-def side_kind(state: dict[str, Tensor], side: str) -> str:
+def side_kind(state: dict[str, Tensor], side: str) -> Literal["none", "manual", "task", "generated"]:
     """The kind of adapters that a side has in the release, from the names in its state dict."""
     if f"{side}.param_gen.layer_embed.weight" in state:
         return "task" if f"{side}.adapter_task_embedding.weight" in state else "generated"

@@ -139,7 +139,7 @@ class GeneratedAdaptation(Adaptation):
 
 
 class SharedAdaptation(Adaptation):
-    """Generated adapters of one pass; their heads' gradient is computed once for all layers (`hdscale.ops.share_heads`).
+    """Generated adapters of one pass; their heads' gradient is computed once for all layers (`ops.share_heads`).
 
     Args:
         layers: code and heads of each layer.

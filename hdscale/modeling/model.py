@@ -222,7 +222,8 @@ class AdaptedModel(nn.Module):
     ) -> Tensor:
         """Decode with the adapters generated once per instance.
 
-        Plain greedy search, with limits of the length only, is hdscale's own loop; all else is transformers' `generate`.
+        Plain greedy search, with limits of the length only, is hdscale's own loop; all else is transformers'
+        `generate`.
 
         Args:
             input_ids: [B, S].
@@ -236,8 +237,9 @@ class AdaptedModel(nn.Module):
         if is_plain_greedy(kwargs) and self._without_gradients():
             return self._greedy(input_ids, attention_mask, task_ids, kwargs, scored=False).ids
         encoded = self.encode(input_ids, attention_mask, task_ids)
-        ids = self.base.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),  # type: ignore[arg-type]  # typed in lower case
+        base: Any = self.base  # transformers types `generate` for decoder-only models
+        ids = base.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
             attention_mask=attention_mask,
             adaptation=encoded.for_generation(),
             **kwargs,
@@ -257,10 +259,11 @@ class AdaptedModel(nn.Module):
             assert found.scores is not None
             return found.ids, found.scores
         ids = self.generate(input_ids, attention_mask, task_ids, **kwargs)
-        config, generated = self.base.config, ids[:, 1:]
-        is_end = generated == config.eos_token_id
+        generated = ids[:, 1:]
+        end, padding = cast(int, self.base.config.eos_token_id), cast(int, self.base.config.pad_token_id)
+        is_end = generated.eq(end)
         after_end = is_end.cumsum(dim=1) - is_end.long() > 0
-        labels = generated.masked_fill(after_end | (generated == config.pad_token_id), IGNORED)
+        labels = generated.masked_fill(after_end | generated.eq(padding), IGNORED)
         return ids, self.log_likelihood(input_ids, attention_mask, labels, task_ids)
 
     def _greedy(

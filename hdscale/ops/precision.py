@@ -9,5 +9,5 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The type in which sums over tokens, biases and softmaxes are computed: float32 for 16-bit types, else the same."""
+    """The type in which sums over tokens, biases and softmaxes are computed: float32 for 16-bit types."""
     return torch.promote_types(dtype, torch.float32)

@@ -45,7 +45,7 @@ def relative_errors(case: Case, backend: str, shared: bool = True) -> dict[str, 
     """||out - ref|| / ||ref|| of every output and gradient; zero where both are empty or zero.
 
     Heads that the layers do not share (see `share_heads`) get one gradient per call, and autograd adds these in the
-    heads' own type. There every call is compared by itself, and the largest error of each tensor is returned.
+    heads' own type. There every call is compared separately, and the largest error of each tensor is returned.
     """
     if len(case.x) > 1 and not (shared and _shares(case, backend)):
         parts = zip(case.x, case.code.split(1), case.dy, strict=True)

@@ -39,7 +39,7 @@ FREE_KEYS = (
     "cluster.",
     "deepspeed",
 )
-"""Keys (or beginnings of keys) that may differ when a run is continued: they change where and how, not what is computed."""
+"""Keys (or beginnings of keys) that may differ when a run is continued: they do not change what is computed."""
 
 
 class RunFolder:
@@ -66,7 +66,8 @@ class RunFolder:
 
         Args:
             config: of this start, as nested dictionaries.
-            defaults: of every key: a key that the folder's config.yaml (of an older version) does not have is at its default.
+            defaults: of every key: a key that the folder's config.yaml (of an older version) does not have is at its
+                default.
             fresh: start anew; an earlier run of the name is moved aside, never deleted.
 
         Returns:
@@ -94,11 +95,11 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"cannot write to {self.path} ({error.strerror}); choose another run.dir or mend its permissions"
+                f"cannot write to {self.path} ({error.strerror}); choose another run.dir or correct its permissions"
             ) from error
 
     def _hold(self) -> None:
-        """Keep a second process from writing to the same run; the kernel lets go when this one ends, however it ends."""
+        """Keep a second process from writing to the same run; the lock ends with this process, however it ends."""
         self._lock = (self.path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,7 +108,7 @@ class RunFolder:
                 f"{self.path} is in use by another process; wait for it, or choose another run.name"
             ) from error
         except OSError:
-            # some cluster file systems have no locks: go on without
+            # some cluster file systems have no locks: continue without
             self._lock.close()
 
     def _move_aside(self) -> None:

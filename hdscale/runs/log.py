@@ -23,7 +23,7 @@ from hdscale.runs.settings import RunSettings
 from hdscale.settings import flatten
 
 EVALUATION_NEWS_SECONDS = 30.0
-"""Where there is no terminal for a bar, a long evaluation says how far it is this often."""
+"""Without a terminal for a bar, a long evaluation logs its progress this often (seconds)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RunLog:
     """The log of a run. Every rank has one; only rank 0's writes.
 
     `metrics.jsonl` has one flat dict per line: `kind` "train" (every `train.log_every` steps) or "evaluation", `step`,
-    and numbers. On resume it is cut back to the checkpoint's step, so that it reads as if nothing had happened.
+    and numbers. On resume, lines after the checkpoint's step are removed, so that it reads like an uninterrupted run's.
 
     Args:
         folder: the run's folder.
@@ -124,7 +124,7 @@ class RunLog:
         self.info(f"warning: {text}")
 
     def start(self, step: int, max_steps: int) -> None:
-        """Begin or go on at `step` (steps done): cuts metrics.jsonl back to it and opens the bar."""
+        """Begin or resume at `step` (steps done): removes later lines of metrics.jsonl and opens the bar."""
         if not self._active:
             return
         self._max_steps = max_steps
@@ -281,7 +281,7 @@ class RunLog:
             file.flush()
         except OSError as error:
             self._files.pop(name)
-            self._say(f"warning: {self._folder / name} cannot be written ({error.strerror}); going on without it")
+            self._say(f"warning: {self._folder / name} cannot be written ({error.strerror}); continuing without it")
 
     def _say(self, text: str) -> None:
         """A line to the console, if there still is one."""
@@ -325,7 +325,7 @@ class RunLog:
 
 
 def wandb_id(folder: Path) -> str:
-    """An id that stays with the run's folder, so that a resumed run goes on in the same W&B run."""
+    """An id that stays with the run's folder, so that a resumed run continues the same W&B run."""
     file = folder / "wandb_id"
     if not file.exists():
         file.write_text(os.urandom(6).hex())
@@ -338,7 +338,7 @@ def numbers(line: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def cut_back(path: Path, step: int) -> set[tuple[str, int, str]]:
-    """Remove from metrics.jsonl what comes after `step`, and an incomplete last line; {(kind, step, split)} of the rest."""
+    """Remove from metrics.jsonl what comes after `step`; {(kind, step, split)} of the lines that stay."""
     if not path.exists():
         return set()
     kept, keys = [], set()

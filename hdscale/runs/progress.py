@@ -56,7 +56,7 @@ class RowProgress:
         self._bars.stop()
 
     def __call__(self, name: str, done: int, total: int | None) -> None:
-        """`done` rows of `total` are done (None: nobody knows how many there are)."""
+        """`done` rows of `total` are done (None: the number is unknown)."""
         if self._bars.disable:
             return
         if name not in self._ids:

@@ -1,4 +1,4 @@
-"""`results.json`: what it holds is put together in `hdscale.evaluation.summary`; here it is written, read and printed."""
+"""`results.json` written, read and printed; `hdscale.evaluation.summary` puts together what it holds."""
 
 from __future__ import annotations
 

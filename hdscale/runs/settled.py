@@ -52,7 +52,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove it, and its values are chosen again") from error
+        raise UserError(f"{path} cannot be read ({error}); remove it: its values are then chosen anew") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object; remove it, and its values are chosen again")
+        raise UserError(f"{path} must hold a JSON object; remove it: its values are then chosen anew")
     return values

@@ -9,6 +9,7 @@ from pathlib import Path
 from hdscale.cluster.records import LAUNCHES, launch_folder, read_launch, read_state
 from hdscale.cluster.status import live_jobs
 from hdscale.errors import EXIT_DONE
+from hdscale.launch import submit as submit_launch
 from hdscale.study.spec import Run, Study
 from hdscale.study.store import Store, finished_badly, max_steps_of
 
@@ -22,8 +23,6 @@ def submit(study: Study, store: Store, dry_run: bool = False) -> int:
     Returns:
         exit code.
     """
-    from hdscale.launch import launch
-
     queued = live_runs(store)
     fresh = [run for run in study.runs if run.name not in queued and not settled(study, store, run)]
     if not fresh:
@@ -33,7 +32,7 @@ def submit(study: Study, store: Store, dry_run: bool = False) -> int:
         config = group[0].config
         name = free_name(store, study.name, number)
         own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, dir=str(store.folder)))
-        code = launch(own, [(run.config, points(run)) for run in group], fresh=False, dry_run=dry_run)
+        code = submit_launch(own, [(run.config, points(run)) for run in group], dry_run=dry_run)
         if code != EXIT_DONE or dry_run:
             continue
         for run in group:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.cluster.batch import decide, main
+from hdscale.cluster.batch import decide
 from hdscale.cluster.records import RunState, launch_folder, newest_step, read_launch, read_state
+from hdscale.commands.batch import main
 from hdscale.errors import ERROR_FILE, UserError, report
 from tests.helpers.places import ROOT
 
@@ -43,7 +44,7 @@ def test_only_ends_without_a_newer_checkpoint_count() -> None:
         ("again", 1), ("again", 2), ("again", 0), ("again", 1), ("again", 2), ("again", 0), ("again", 1),
         ("again", 2), ("stalled", 3),
     ]  # fmt: skip
-    assert "given up after 3 ends without a newer checkpoint" in state.reason
+    assert "not requeued after 3 ends without a newer checkpoint" in state.reason
 
 
 def test_newest_step_ignores_what_is_being_written(tmp_path: Path) -> None:

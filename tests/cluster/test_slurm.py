@@ -328,7 +328,7 @@ def test_a_disturbed_run_ends_with_the_same_losses(
     assert outcome.restarts >= 1, outcome.log
     assert outcome.losses() == local.losses(), outcome.log
     assert outcome.results() == local.results()
-    assert "torn" not in outcome.log
+    assert "incomplete or damaged" not in outcome.log
 
 
 def test_the_pre_empting_job_got_its_nodes(drills: dict[str, Future[Outcome]]) -> None:

@@ -7,11 +7,12 @@ import io
 import json
 import sys
 
-from hdscale.commands.cli import guarded, main
+from hdscale.commands.cli import main
 from hdscale.config import load_config
 from hdscale.data.sources import load_examples
 from hdscale.data.tasks import expand_tasks
 from hdscale.data.tokenize import load_tokenizer, tokenized_split
+from hdscale.errors import guarded
 
 
 def show_examples(overrides: list[str]) -> int:

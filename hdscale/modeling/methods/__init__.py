@@ -1,7 +1,7 @@
 """The methods: one small file each, found by name here.
 
-A method is an `nn.Module` that owns all of its trainable parameters, and computes for a batch what adapts the encoder and
-what adapts the decoder. To add one, write a file with a subclass of `Method` and add it to `METHODS`.
+A method is an `nn.Module` that owns all of its trainable parameters, and computes for a batch what adapts the encoder
+and what adapts the decoder. To add one, write a file with a subclass of `Method` and add it to `METHODS`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def complete_config(config: HyperdecoderConfig) -> type[Method]:
 
 
 def check_method(config: HyperdecoderConfig) -> None:
-    """Raise UserError for anything that is wrong with `method.*`, budget included; nothing is loaded or changed."""
+    """Raise UserError for anything wrong in `method.*`, budget included; loads and changes nothing."""
     complete_config(copy.deepcopy(config))
 
 

@@ -1,10 +1,10 @@
 """Hyperformer and Hyperformer++ (Karimi Mahabadi et al. 2021): adapters after the sub-layers, generated from a task.
 
 An adapter follows the self-attention and the feed-forward of every block of both stacks, before dropout and residual:
-`y + LayerNorm(up(gelu(down(y))))`. All of its weights and those of its LayerNorm are generated. T5's own layer norms are
-trained as well. There are three forms: `hyperformer` with one hypernetwork per stack and heads for each of the two places
-(as released), the same with a pair of hypernetworks per layer that read the task embedding directly, and `hyperformer++`,
-in which both places share the heads.
+`y + LayerNorm(up(gelu(down(y))))`. All of its weights and those of its LayerNorm are generated. T5's own layer norms
+are trained as well. There are three forms: `hyperformer` with one hypernetwork per stack and heads for each of the two
+places (as released), the same with a pair of hypernetworks per layer that read the task embedding directly, and
+`hyperformer++`, in which both places share the heads.
 """
 
 from __future__ import annotations

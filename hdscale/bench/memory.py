@@ -24,8 +24,8 @@ from hdscale.errors import UserError
 from hdscale.modeling.model import build_model
 from hdscale.ops.precision import DTYPES
 from hdscale.resolve import resolve
+from hdscale.study.inputs import architecture, counted, work_of
 from hdscale.study.memory_model import Memory, Sharding, step_memory
-from hdscale.study.plan import architecture, counted, work_of
 
 STEPS = 3
 """The last one is measured: the first creates AdamW's moments."""

@@ -78,7 +78,7 @@ def test_step(bench, capsys, tmp_path):
 def test_step_by_tokens(bench, tmp_path):
     target = tmp_path / "step.json"
     assert bench("step", *TINY, "--global-batch-size", "8", "--steps", "1", "--lengths", "30+2",
-                 "--variants", "hdscale",                 "--tokens-per-micro-batch", "64", "--json", str(target)) == 0  # fmt: skip
+                 "--variants", "hdscale", "--tokens-per-micro-batch", "64", "--json", str(target)) == 0  # fmt: skip
     assert json.loads(target.read_text())["rows"][0]["seconds"] > 0
 
 
@@ -137,7 +137,8 @@ def test_the_released_manner_runs_transformers_modules():
 def test_data(bench, tmp_path):
     target = tmp_path / "data.json"
     assert bench("data", *TINY, "--global-batch-size", "32", "--micro-batch-size", "8",
-                 "--tokens-per-micro-batch", "256",                 "--batches", "3", "--steps", "1", "--ranks", "2", "--json", str(target)) == 0  # fmt: skip
+                 "--tokens-per-micro-batch", "256", "--batches", "3", "--steps", "1", "--ranks", "2",
+                 "--json", str(target)) == 0  # fmt: skip
     found = json.loads(target.read_text())
     assert [row["part"] for row in found["rows"]] == ["order", "fetch", "deal", "collate", "all", "feed"]
     assert all(row["rows/s"] == pytest.approx(32e3 / row["ms_per_batch"]) for row in found["rows"])

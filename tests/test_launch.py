@@ -218,7 +218,8 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_launch(folder, LaunchRecord("grid", "slurm", runs, "7", "2026-01-01 00:00:00"))
     write_state(folder, 0, RunState(job="7_0", starts=2, step=40, outcome="done"))
     write_state(folder, 1, RunState(job="7_1", starts=1, outcome="failed", reason="a mistake"))
-    write_state(folder, 2, RunState(job="7_2", starts=4, stalled=4, outcome="stalled", reason="exit code 1; not requeued"))
+    stalled = RunState(job="7_2", starts=4, stalled=4, outcome="stalled", reason="exit code 1; not requeued")
+    write_state(folder, 2, stalled)
     error_file(folder, 1).write_text("rte has no test split; choose another task\n")
     log = "Traceback (most recent call last):\n  ...\ntorch.OutOfMemoryError: CUDA out of memory\n"
     log += "srun: error: Exited\n"

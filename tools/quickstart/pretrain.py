@@ -224,7 +224,7 @@ def finished(model: T5ForConditionalGeneration) -> T5ForConditionalGeneration:
     final = T5ForConditionalGeneration(tiny_config(model.config.vocab_size))
     untie_head(final)
     final.load_state_dict(model.state_dict())
-    return cast(T5ForConditionalGeneration, torch.nn.Module.to(final, torch.bfloat16))
+    return torch.nn.Module.to(final, torch.bfloat16)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -234,7 +234,7 @@ def test_status_shows_states_steps_and_errors(recorded: Path, capsys: pytest.Cap
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "seed=0 7_0 done 40 2" in lines
     assert "seed=1 7_1 failed - 1" in lines
-    assert "seed=2 7_2 given up - 4" in lines
+    assert "seed=2 7_2 not requeued - 4" in lines
     assert "seed=3 7_3 lost: cancelled, or its node died - -" in lines
     assert "seed=1: rte has no test split; choose another task" in lines
     assert "seed=2: torch.OutOfMemoryError: CUDA out of memory (exit code 1; not requeued)" in lines

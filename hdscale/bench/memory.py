@@ -125,7 +125,7 @@ def measured(case: Case, ranks: Ranks) -> int:
 
 
 def compare(ranks: Ranks, only: str | None = None) -> list[dict[str, Any]]:
-    """Every case of the device at hand, or those whose name contains `only`: plan, measurement, error."""
+    """Every case for this device, or those whose name contains `only`: plan, measurement, error."""
     rows = []
     for case in GPU_CASES if ranks.device.type == "cuda" else CPU_CASES:
         if only and only not in case.name:

@@ -2,7 +2,7 @@
 torch.compile.
 
 For each shape: forward, forward + backward, and bytes kept for the backward pass, over all layers of one
-step. The results are checked against double precision before anything is timed; the contenders take turns,
+step. The results are checked against double precision before anything is timed; the implementations alternate,
 and the best and the median of the rounds are reported. The floor beside them is arithmetic over the peak that
 a large matrix product reaches in the same run: generation twice and its two gradients for forward + backward,
 generation once for forward.

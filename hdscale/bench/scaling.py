@@ -1,6 +1,6 @@
 """`hdscale bench scaling`: 1 and 2 real ranks under DeepSpeed, what they send, and what that predicts elsewhere.
 
-Each world is a set of processes of its own with equally many threads a rank, training the same rows twice: with the
+Each world is a separate set of processes with equally many threads per rank, training the same rows twice: with the
 global batch fixed (strong scaling) and with each rank's share fixed (weak scaling). Bytes are counted where
 torch.distributed is called and compared with ZeRO-2's arithmetic. The prediction for GPUs is one: nothing of it is
 measured.

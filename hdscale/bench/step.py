@@ -1,6 +1,6 @@
 """`hdscale bench step`: training steps of hdscale, the released code, a plain adapter and full fine-tuning.
 
-The contenders take turns on the same global batches; a ratio is the median over turns of the paired ratios.
+The variants alternate on the same global batches; a ratio is the median of the paired ratios.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Seconds of a call, and what matrix products reach on the device at hand."""
+"""How long a call takes, and what matrix products reach on the device."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ OUTCOMES = {
     "left": "ended by SLURM",
     "done": "done",
     "failed": "failed",
-    "stalled": "given up",
+    "stalled": "not requeued",
 }
 
 
@@ -58,7 +58,7 @@ def show_launches(run_dir: str) -> int:
 
 
 def show_status(run_dir: str, name: str) -> int:
-    """A table with a line a run; below it, the errors of those that failed."""
+    """A table with one line per run; below it, the errors of those that failed."""
     folder = launch_folder(run_dir, name)
     record = read_launch(folder)
     known = known_jobs(record)
@@ -111,7 +111,7 @@ def known_jobs(record: LaunchRecord) -> dict[str, str]:
     if record.executor in ("slurm", "sbatch"):
         if not shutil.which("squeue") or not record.job:
             return {}
-        # --array: one line a job of an array, also where it has not started
+        # --array: one line per job of an array, also before it has started
         command = [
             "squeue",
             "--noheader",

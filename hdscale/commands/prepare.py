@@ -42,9 +42,7 @@ PICKLED_FILES = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `hdscale prepare`."""
     add_config_arguments(parser)
-    parser.add_argument(
-        "--to", metavar="DIR", required=True, help="folder to fill; run again to go on or to bring up to date"
-    )
+    parser.add_argument("--to", metavar="DIR", required=True, help="folder to fill; run again to resume or to update")
     parser.add_argument("--tokenizer-only", action="store_true", help="fetch the tokenizer alone")
     parser.add_argument("--no-weights", action="store_true", help="leave the base's weights out (data and tokenizer)")
     parser.add_argument("--no-data", action="store_true", help="leave the data out (tokenizer and weights)")

@@ -81,7 +81,7 @@ def save_checkpoint(
             "torch": torch.__version__,
         }
     )
-    # what rank 0 met with is raised by every rank: none may go on to a collective that another does not reach
+    # what rank 0 met with is raised by every rank: none may reach a collective that another does not
     failure, non_finite = ranks.broadcast_object((writer.failure, writer.non_finite))
     if failure is not None:
         kind = NonFiniteError if non_finite else UserError

@@ -24,6 +24,7 @@ from hdscale.cluster.records import (
     read_state,
 )
 from hdscale.errors import UserError
+from hdscale.runs.folder import RESULTS
 
 ENDED = (
     "COMPLETED",
@@ -94,7 +95,7 @@ def describe(record: LaunchRecord, index: int, run: RunEntry, state: RunState, k
         return OUTCOMES[state.outcome]
     if now and now not in ("completed", "failed"):
         return now
-    if (Path(run.folder) / "results.json").exists():
+    if (Path(run.folder) / RESULTS).exists():
         return "done"
     if state.outcome in OUTCOMES:
         return OUTCOMES[state.outcome]

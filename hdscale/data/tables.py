@@ -60,7 +60,9 @@ class TableReader:
         for paths in origin_paths(task, split, settings).values():
             for path in paths:
                 known = column_names(path, task)
-                for column in task.columns() if known is not None else []:
+                if known is None:
+                    continue
+                for column in task.columns():
                     if column not in known:
                         raise UserError(
                             f"{path}: no column '{column}', which task {task.name} reads{nearest(column, known)}"
@@ -214,7 +216,9 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}: line {number} is not JSON ({error.msg}); write one object per line") from error
+                raise UserError(
+                    f"{path}: line {number} is not JSON ({error.msg}); write one object per line"
+                ) from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number} is not a JSON object; write one object per line")
             yield number, row
@@ -235,8 +239,6 @@ def text_lines(file: IO[str], path: Path) -> Iterator[str]:
             number += 1
             yield line
     except (EOFError, gzip.BadGzipFile, OSError) as error:
-        raise UserError(
-            f"{path}: damaged or cut off after line {number} ({one_line(error)}); copy it again"
-        ) from error
+        raise UserError(f"{path}: damaged or cut off after line {number} ({one_line(error)}); copy it again") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 after line {number} ({error.reason})") from error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock
 
 from hdscale.data.batches import Row
 from hdscale.data.settings import DataSettings
@@ -45,6 +46,7 @@ def load_tokenizer(name: str | None, revision: str | None = None) -> Any:
     Raises:
         UserError: there is none, or it needs a program of its own (never run).
     """
+    # here, because tokenised splits are also read where no tokenizer is needed
     from transformers import AutoTokenizer
 
     advice = (
@@ -204,15 +206,13 @@ def locked(path: Path) -> Iterator[bool]:
     """Hold a lock on `path` that the system frees when its holder dies; gives whether it is held.
 
     On a file system without locks the body just runs: several processes may then build the same entry, each
-    in a folder of its own, and the first rename wins.
+    in its own folder, and the first rename wins.
     """
-    from filelock import FileLock
-
     lock = FileLock(path)
     try:
         lock.acquire()
     except (NotImplementedError, OSError) as error:
-        log.warning("no file lock at %s (%s); going on without", path, error)
+        log.warning("no file lock at %s (%s); continuing without", path, error)
         yield False
         return
     try:

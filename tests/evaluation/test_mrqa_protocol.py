@@ -11,7 +11,8 @@ import pytest
 
 from hdscale.data.settings import DataSettings
 from hdscale.data.task import Example
-from hdscale.data.tasks.mrqa import read as mrqa
+from hdscale.data.tasks.mrqa import reader as mrqa
+from hdscale.data.tasks.mrqa import tasks as mrqa_tasks
 from hdscale.errors import UserError
 from hdscale.evaluation import mrqa_protocol as protocol
 from hdscale.evaluation.metrics import compute
@@ -104,7 +105,7 @@ def official_evaluator(dataset: Path, predictions: dict[str, str]) -> dict[str, 
 def test_figures_equal_the_official_evaluators(name, tmp_path):
     """On adversarial predictions for real questions: right, cut, decorated, empty, missing, foreign."""
     settings = DataSettings(mrqa_root=str(DATA / "mrqa"), max_source_length=512)
-    task = next(task for task in mrqa.tasks(settings) if task.name == name)
+    task = next(task for task in mrqa_tasks.tasks(settings) if task.name == name)
     questions = list(mrqa.questions(task, "test", settings))
     draw = random.Random(7)
     variants = [

@@ -162,6 +162,8 @@ def test_a_step_waits_for_nothing_on_the_device(rank_pool, tmp_path):
 def test_ranks_may_evaluate_different_numbers_of_batches(rank_pool, stage):
     first, second = rank_pool(2).run("tests.helpers.engine_jobs:evaluate_unevenly", ZERO[stage], timeout=60)
     assert first == second
+    # ZeRO-3 keeps small weights whole, and still does after an evaluation
+    assert all(first["whole"]) and bool(first["whole"]) == (stage == "zero3")
 
 
 def test_schedule_is_that_of_transformers():

@@ -20,7 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "params": ("hdscale.commands.params", "count parameters by part, and the trainable share"),
     "convert": ("hdscale.commands.convert", "convert a checkpoint of the released implementation to an export"),
     "launch": ("hdscale.commands.launch", "submit a run or a sweep to SLURM; status, logs, cancel"),
-    "plan": ("hdscale.study.plan", "memory, time and communication of a run, before it costs anything"),
+    "plan": ("hdscale.commands.plan", "memory, time and communication of a run, before it costs anything"),
     "study": ("hdscale.commands.study", "run a scaling study, resume it, report it"),
     "analyze": ("hdscale.commands.analyze", "embeddings as pictures, comparisons over seeds, the paper's tables"),
     "classify": ("hdscale.analysis.classifier", "classifiers on a trained run's frozen encoder (Table 7)"),
@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, (module_name, help_line) in VERBS.items():
         sub = verbs.add_parser(name, help=help_line, description=help_line, allow_abbrev=False)
         if name == wanted:
-            # only the verb at hand is imported: `hdscale --help` must not wait for torch
+            # only the verb that is run is imported: `hdscale --help` must not wait for torch
             module = importlib.import_module(module_name)
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)

@@ -20,7 +20,6 @@ from rich.table import Table
 from hdscale.bases.fingerprint import fingerprint_weights
 from hdscale.commands.arguments import add_config_arguments
 from hdscale.config import Config, load_config
-from hdscale.data.checksums import sha256
 from hdscale.data.hub import find_on_hub
 from hdscale.data.mirror import Mirror, Wanted, remote_files
 from hdscale.data.pickled import convert_pickled
@@ -29,6 +28,7 @@ from hdscale.data.sources import check_splits, split_size
 from hdscale.data.tasks import SPLITS, Task, expand_tasks
 from hdscale.data.tokenize import load_tokenizer
 from hdscale.errors import EXIT_DONE, UserError
+from hdscale.files import sha256
 
 TOKENIZER_FILES = (
     "config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json spiece.model "
@@ -42,9 +42,7 @@ PICKLED_FILES = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `hdscale prepare`."""
     add_config_arguments(parser)
-    parser.add_argument(
-        "--to", metavar="DIR", required=True, help="folder to fill; run again to go on or to bring up to date"
-    )
+    parser.add_argument("--to", metavar="DIR", required=True, help="folder to fill; run again to resume or to update")
     parser.add_argument("--tokenizer-only", action="store_true", help="fetch the tokenizer alone")
     parser.add_argument("--no-weights", action="store_true", help="leave the base's weights out (data and tokenizer)")
     parser.add_argument("--no-data", action="store_true", help="leave the data out (tokenizer and weights)")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hdscale.data.settings import DataSettings
-from hdscale.data.tasks.task import Task
+from hdscale.data.task import Task
 from hdscale.errors import UserError
 
 CONVERTED = "refs/convert/parquet"

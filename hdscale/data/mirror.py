@@ -22,9 +22,9 @@ from rich.progress import (
 )
 
 from hdscale import __version__
-from hdscale.data.checksums import sha256
 from hdscale.data.hub import UnreachableError, one_line, repo_info
 from hdscale.errors import UserError
+from hdscale.files import sha256
 
 MANIFEST = "hdscale_manifest.json"
 FORMAT = 1

@@ -19,11 +19,11 @@ from typing import IO, Any
 import numpy as np
 
 from hdscale.data.batches import Row
-from hdscale.data.checksums import cache_folder
 from hdscale.data.settings import DataSettings
-from hdscale.data.sources import load_split, split_identity
-from hdscale.data.tasks.task import Example, Task
+from hdscale.data.sources import load_split, reader, split_identity
+from hdscale.data.task import Example, Task
 from hdscale.errors import UserError
+from hdscale.files import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def tokenized_split(task: Task, split: str, tokenizer: Any, settings: DataSettin
     """
     settings.validate("data.")
     key = cache_key(task, split, tokenizer, settings)
-    folder = cache_folder(settings) / "tokenized" / f"{task.name}.{split}.{key[:20]}"
+    folder = cache_folder(settings.cache) / "tokenized" / f"{task.name}.{split}.{key[:20]}"
     with contextlib.suppress(ValueError):
         return TokenizedSplit(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +187,7 @@ def cache_key(task: Task, split: str, tokenizer: Any, settings: DataSettings) ->
     declared = dataclasses.asdict(task)
     for name in ("metrics", "decoding", "sizes", "repo", "configs", "revision", "files", "splits"):
         declared.pop(name)
+    declared["reader"] = reader(task).name
     content = {
         "format": FORMAT,
         "task": declared,

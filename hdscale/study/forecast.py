@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -9,15 +10,16 @@ from omegaconf import OmegaConf
 from hdscale.config import Config, config_from_dict
 from hdscale.study import compute
 from hdscale.study.hardware import match_device
-from hdscale.study.memory_model import Sharding, step_memory
-from hdscale.study.plan import architecture, counted, work_of
+from hdscale.study.inputs import architecture, counted, work_of
+from hdscale.study.memory_model import Architecture, Sharding, Work, step_memory
 
 
 def predict_run(config: dict[str, Any], results: dict[str, Any]) -> dict[str, float | None]:
     """flops, planned_samples_per_second and planned_memory_gb of a run.
 
-    FLOPs are counted at the mean length of the rows that the run saw, memory at the greatest. Throughput is predicted on
-    the GPUs that the plan has figures for; what a CPU's log states is the whole process, and no term of the plan.
+    FLOPs are counted at the mean length of the rows that the run saw, memory at the greatest. Throughput and memory are
+    predicted for the GPUs that the plan has figures for only: the memory that a run on a CPU logs is that of its whole
+    process, which the plan does not describe.
 
     Args:
         config: flat. results: `results.json`.
@@ -58,17 +60,16 @@ def rows_of_a_pass(config: Config, ranks: int) -> int:
     return rows
 
 
-_CACHE: dict[Any, tuple[Any, Any]] = {}
+_CACHE: dict[tuple[tuple[str, str], ...], tuple[Architecture, Work]] = {}
+"""Shapes of the models that were seen: the runs of a study differ in little else than seeds."""
 
 
-def mean_row_flops(key: Any, config: Config, mean: float) -> float:
+def mean_row_flops(key: tuple[tuple[str, str], ...], config: Config, mean: float) -> float:
     """Training FLOPs of a row of so many tokens, source and target in the proportion of their limits."""
     if key not in _CACHE:
         _, sides, _ = counted(config)
         _CACHE[key] = (architecture(config), work_of(config, 1, "cuda", sides))
     base, work = _CACHE[key]
-    import dataclasses
-
     share = config.data.max_source_length / (config.data.max_source_length + config.data.max_target_length)
     work = dataclasses.replace(work, source=max(1, round(mean * share)), target=max(1, round(mean * (1 - share))))
     return compute.row_flops(base, work, config.method.hypernet.bottleneck if work.generated else 0).training

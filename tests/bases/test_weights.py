@@ -13,7 +13,7 @@ from hdscale.bench.memory import architecture
 from hdscale.config import load_config
 from hdscale.modeling import build_model
 from hdscale.resolve import resolve_model
-from hdscale.study.forecast import counted, work_of
+from hdscale.study.inputs import counted, work_of
 from hdscale.study.memory_model import decoder_activations, encoder_activations
 
 B, S, T, A = 6, 44, 3, 7

@@ -161,7 +161,7 @@ def test_an_extractive_checkpoint_on_mrqa(bert_folder, mrqa_data, tmp_path):
     assert results["notes"]["squad"]["rows"] == 11 < results["notes"]["squad"]["chunks"]
     answers = json.loads((tmp_path / "squad.test.official.json").read_text())
     squad = get_task("squad", mrqa_data)
-    from hdscale.data.tasks.mrqa.read import questions
+    from hdscale.data.tasks.mrqa.reader import questions
 
     for question in questions(squad, "test", mrqa_data):
         assert answers[question.qid] and answers[question.qid] in question.context

@@ -96,7 +96,7 @@ def test_questions_are_answered_as_in_evaluation(run_folder, tmp_path):
     config = choice.config()
     loaded = choice.load(config)
     from hdscale.data.tasks import get_task
-    from hdscale.data.tasks.mrqa.read import questions
+    from hdscale.data.tasks.mrqa.reader import questions
 
     squad = get_task("squad", config.data)
     asked = list(questions(squad, "test", config.data))

@@ -1,4 +1,4 @@
-"""Checkpoints: bit-identical resume, any world size, torn ones, full disks, other models."""
+"""Checkpoints: bit-identical resume, any world size, incomplete ones, full disks, other models."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_a_nan_stops_the_run(rank_pool, tmp_path, fault, stage):
 
 
 def test_a_step_waits_for_nothing_on_the_device(rank_pool, tmp_path):
-    """Within a step of ZeRO-2 in bf16 the host reads no number, DeepSpeed's norm, clipping and overflow check included."""
+    """Within a step of ZeRO-2 in bf16 the host reads no number (norm, clipping and overflow check included)."""
     base = str(save_tiny_t5(tmp_path / "base", vocabulary=64))
     for found in rank_pool(2).run("tests.helpers.engine_jobs:waits_of_a_step", {"base": base, **ZERO["zero2"]}):
         assert found["step"] == []

@@ -12,8 +12,8 @@ from rouge_score import rouge_scorer
 from scipy import stats
 from sklearn import metrics as sk
 
+from hdscale.data.task import Example, SplitRule, Task
 from hdscale.data.tasks import get_task
-from hdscale.data.tasks.task import Example, SplitRule, Task
 from hdscale.errors import UserError
 from hdscale.evaluation import averages as av
 from hdscale.evaluation import metrics, text

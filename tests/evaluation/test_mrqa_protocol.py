@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hdscale.data.settings import DataSettings
+from hdscale.data.task import Example
 from hdscale.data.tasks.mrqa import read as mrqa
-from hdscale.data.tasks.task import Example
 from hdscale.errors import UserError
 from hdscale.evaluation import mrqa_protocol as protocol
 from hdscale.evaluation.metrics import compute

@@ -426,7 +426,7 @@ def settle(ranks: Ranks, path: str) -> dict[str, Any]:
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
 HOST_ONLY = ("/torch/optim/", "/hdscale/ops/operator.py")
-"""AdamW's loop over tensors (CUDA has the fused one, whose step count stays on the device), and counters on the host."""
+"""AdamW's loop over tensors (CUDA's fused one keeps its step count on the device), and counters on the host."""
 
 
 class Waits(TorchDispatchMode):

@@ -17,8 +17,9 @@ from hdscale.errors import UserError
 from hdscale.resolve import resolve_model
 from hdscale.study import compute
 from hdscale.study.hardware import DEVICES, find_device, match_device
+from hdscale.study.inputs import architecture, counted, work_of
 from hdscale.study.memory_model import Sharding, step_memory
-from hdscale.study.plan import SHIPPED, architecture, counted, make_plan, work_of
+from hdscale.study.planner import SHIPPED, make_plan
 from tests.helpers.places import ROOT
 
 GLUE = ["data.tasks=[glue]", "data.max_source_length=128", "data.max_target_length=16", "train.global_batch_size=128"]

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hdscale.data.tasks.task import KINDS, SPLITS, Decoding, SplitRule, Task, fields
+from hdscale.data.task import KINDS, SPLITS, DecodingLimits, SplitRule, Task
+from hdscale.data.template import fields
 from hdscale.errors import UserError, nearest
 
 DEFAULT_METRICS = {
@@ -177,11 +178,11 @@ def read_labels(declaration: Mapping[str, Any], kind: str, where: str) -> tuple[
     return labels, None
 
 
-def read_decoding(declared: Any, where: str) -> Decoding:
+def read_decoding(declared: Any, where: str) -> DecodingLimits:
     """The key `decoding`."""
     if declared is None:
-        return Decoding()
-    names = [field.name for field in dataclasses.fields(Decoding)]
+        return DecodingLimits()
+    names = [field.name for field in dataclasses.fields(DecodingLimits)]
     if not isinstance(declared, Mapping):
         raise UserError(f"{where}: 'decoding' must be a mapping of {', '.join(names)}")
     for key, value in declared.items():
@@ -189,7 +190,7 @@ def read_decoding(declared: Any, where: str) -> Decoding:
             raise UserError(f"{where}: decoding: unknown key '{key}'{nearest(str(key), names)}")
         if not isinstance(value, int) or isinstance(value, bool) or value < (0 if key == "min_length" else 1):
             raise UserError(f"{where}: decoding.{key} must be a positive whole number, not {value!r}")
-    return Decoding(**declared)
+    return DecodingLimits(**declared)
 
 
 def texts(declaration: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdscale.data.settings import DataSettings
+from hdscale.data.task import round_to_step
 from hdscale.data.tasks import SplitRule, expand_tasks, get_task, registry
 from hdscale.data.tasks.sizes import TABLE_10, TABLE_11, TABLE_12
-from hdscale.data.tasks.task import round_to_step
 from hdscale.errors import UserError
 
 ROWS = {

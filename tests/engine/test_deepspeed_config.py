@@ -25,6 +25,7 @@ def test_shipped_files_are_accepted(path):
     assert config["zero_optimization"]["stage"] == int(path.stem[4])
     assert config["bf16"]["enabled"] == (dtype == "bf16")
     assert ("offload_optimizer" in config["zero_optimization"]) == ("offload" in path.stem)
+    assert config["data_types"]["grad_accum_dtype"] == config["communication_data_type"] == "fp32"
     assert config["gradient_clipping"] == 1.0 and config["managed_gradient_accumulation"] is False
     # buckets are allocated whole: none is larger than what there is to send
     assert config["zero_optimization"]["reduce_bucket_size"] == 5002

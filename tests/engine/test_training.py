@@ -131,13 +131,14 @@ def test_masters_start_with_the_exact_weights(rank_pool, stage):
 
 
 @pytest.mark.parametrize(
-    "fault, stage", [("loss", "zero2"), ("gradient", "zero2"), ("gradient", "zero1"), ("gradient", "zero3_small")]
+    "fault, stage",
+    [("loss", "zero2"), *(("gradient", stage) for stage in ("fp32", "zero1", "zero2", "offload", "zero3_small"))],
 )
 def test_a_nan_stops_the_run(rank_pool, tmp_path, fault, stage):
     """On every rank, with the step, tasks and ids. The last checkpoint stays as it was, and so do the weights, except
     under ZeRO-2 in bf16, which does not wait for the device."""
     results = rank_pool(2).run(
-        "tests.helpers.engine_jobs:non_finite", {"fault": fault, "folder": str(tmp_path), **ZERO[stage]}
+        "tests.helpers.engine_jobs:non_finite", {"fault": fault, "folder": str(tmp_path), **ZERO.get(stage, {})}
     )
     for result in results:
         assert result["step"] == 3
@@ -162,6 +163,8 @@ def test_a_step_waits_for_nothing_on_the_device(rank_pool, tmp_path):
 def test_ranks_may_evaluate_different_numbers_of_batches(rank_pool, stage):
     first, second = rank_pool(2).run("tests.helpers.engine_jobs:evaluate_unevenly", ZERO[stage], timeout=60)
     assert first == second
+    # ZeRO-3 keeps small weights whole, and still does after an evaluation
+    assert all(first["whole"]) and bool(first["whole"]) == (stage == "zero3")
 
 
 def test_schedule_is_that_of_transformers():

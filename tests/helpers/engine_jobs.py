@@ -256,8 +256,14 @@ def evaluate_unevenly(ranks: Ranks, **config: Any) -> dict[str, Any]:
         assert not model.training
         for step in range(1 + 2 * ranks.rank):
             losses.append(model(**micro_batches(step, 0, 1, BATCH)[0])[0].item())
+    whole = [parameter.numel() == parameter.ds_numel for parameter in persistent_of(engine)]
     after = engine.train_step(micro_batches(1, ranks.rank, ranks.world_size, 2)).result()
-    return {"evaluation": losses[0], "loss": after.loss}
+    return {"evaluation": losses[0], "loss": after.loss, "whole": whole}
+
+
+def persistent_of(engine: Engine) -> list[torch.nn.Parameter]:
+    """The small parameters that ZeRO-3 keeps whole between steps; none under other stages."""
+    return getattr(engine._deepspeed.optimizer, "persistent_parameters", [])
 
 
 def collectives(ranks: Ranks) -> dict[str, Any]:

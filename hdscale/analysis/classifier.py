@@ -1,13 +1,12 @@
-"""`hdscale classify --run R`: classifiers on a trained run's encoder, without the decoder (Table 7, Appendix C).
+"""Classifiers on a trained run's encoder, without the decoder (Table 7, Appendix C; `hdscale classify --run R`).
 
 The encoder with its trained adapters stays frozen and runs once over the data, without dropout: an instance's masked
 mean is all that the classifiers see of it. Trained anew are an MLP of Eq. 8's shape, shared by the tasks, and a linear
-layer a task. Tasks without labels (STS-B) are left out, and the validation sets are evaluated, as in Table 7.
+layer per task. Tasks without labels (STS-B) are left out, and the validation sets are evaluated, as in Table 7.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hdscale.analysis.options import ClassifierOptions
+from hdscale.config import Config
 from hdscale.data.sources import check_splits, load_examples
 from hdscale.data.tasks import Task, expand_tasks
 from hdscale.data.tokenize import tokenized_split
@@ -28,12 +27,10 @@ from hdscale.errors import UserError
 from hdscale.evaluation.averages import averages
 from hdscale.evaluation.generation import global_batches, model_device, pad_sources
 from hdscale.evaluation.metrics import compute
+from hdscale.files import write_json
 from hdscale.load import Choice, Loaded
 from hdscale.modeling.conditioning import masked_mean
-
-RESULTS = "classifier.json"
-LEARNING_RATE, EPOCHS, WARMUP_STEPS, BATCH_SIZE = 2e-5, 3, 500, 128
-"""Appendix C; the batch size is that of GLUE training (3.2), C states none."""
+from hdscale.runs.folder import CLASSIFIER, RESULTS
 
 
 class EncoderClassifier(nn.Module):
@@ -63,7 +60,7 @@ class Pooled:
     examples: list[Any]
 
 
-def pool_split(loaded: Loaded, task: Task, split: str, config: Any, limit: int | None, batch_size: int) -> Pooled:
+def pool_split(loaded: Loaded, task: Task, split: str, config: Config, limit: int | None, batch_size: int) -> Pooled:
     """Run the frozen encoder over a split and keep each row's masked mean over the source tokens."""
     rows = tokenized_split(task, split, loaded.tokenizer, config.data)
     count = min(limit or len(rows), len(rows))
@@ -82,32 +79,25 @@ def pool_split(loaded: Loaded, task: Task, split: str, config: Any, limit: int |
     return Pooled(task, means, labels, examples)
 
 
-def train_classifiers(
-    sets: Sequence[Pooled],
-    epochs: int = EPOCHS,
-    learning_rate: float = LEARNING_RATE,
-    warmup_steps: int = WARMUP_STEPS,
-    batch_size: int = BATCH_SIZE,
-    seed: int = 0,
-) -> EncoderClassifier:
+def train_classifiers(sets: Sequence[Pooled], options: ClassifierOptions) -> EncoderClassifier:
     """Train MLP and linear layers on all tasks' rows, shuffled anew in each epoch, so mixed in proportion to size."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(options.seed)
         model = EncoderClassifier(sets[0].means.shape[1], {one.task.name: len(one.task.labels) for one in sets})
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(options.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0)
     owner = torch.cat([torch.full((len(one.labels),), number) for number, one in enumerate(sets)])
     place = torch.cat([torch.arange(len(one.labels)) for one in sets])
-    steps, step = epochs * -(-len(owner) // batch_size), 0
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(owner), generator=generator).split(batch_size):
+    steps, step = options.epochs * -(-len(owner) // options.batch_size), 0
+    for _ in range(options.epochs):
+        for chosen in torch.randperm(len(owner), generator=generator).split(options.batch_size):
             losses = []
             for number in owner[chosen].unique().tolist():
                 one, mine = sets[number], place[chosen[owner[chosen] == number]]
                 logits = model(one.means[mine], one.task.name)
                 losses.append(functional.cross_entropy(logits, one.labels[mine], reduction="sum"))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * learning_rate_factor(step, warmup_steps, steps)
+                group["lr"] = options.learning_rate * learning_rate_factor(step, options.warmup_steps, steps)
             optimizer.zero_grad()
             (torch.stack(losses).sum() / len(chosen)).backward()
             optimizer.step()
@@ -127,31 +117,31 @@ def evaluate_classifiers(model: EncoderClassifier, sets: Sequence[Pooled]) -> di
 
 def encoder_decoder_scores(folder: Path, tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
     """The whole model's scores on the validation sets, as its run wrote them (some tasks may be missing)."""
-    path = folder / "results.json"
+    path = folder / RESULTS
     written = json.loads(path.read_text()).get("validation", {}) if path.is_file() else {}
     return {task.name: written[task.name] for task in tasks if task.name in written}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # `args.run` is the function of the verb
-    parser.add_argument("--run", dest="run_folder", metavar="DIR", required=True, help="folder of a finished run")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"default: {EPOCHS}")
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help=f"default: {LEARNING_RATE:g}")
-    parser.add_argument("--warmup-steps", type=int, default=WARMUP_STEPS, help=f"default: {WARMUP_STEPS}")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"default: {BATCH_SIZE}")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most so many rows of each split (for trial runs)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="of the encoder; default: a GPU where there is one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's (data.root=...)")
+@dataclass
+class Classified:
+    """Both models' validation scores {task: {metric: score}}, and what `classifier.json` records."""
+
+    tasks: list[Task]
+    encoder_only: dict[str, dict[str, float]]
+    encoder_decoder: dict[str, dict[str, float]]
+    results: dict[str, Any]
+    path: Path
 
 
-def run(args: argparse.Namespace) -> int:
-    for name in ("epochs", "batch_size", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    choice = Choice(run=args.run_folder, device=args.device)
+def classify(run_folder: str, options: ClassifierOptions) -> Classified:
+    """Train and evaluate classifiers on a run's encoder; the results go into its folder.
+
+    Raises:
+        UserError: for a folder that is not a finished run, or a run without label tasks.
+    """
+    choice = Choice(run=run_folder, device=options.device)
     choice.check()
-    config = choice.config(args.overrides)
+    config = choice.config(options.overrides)
     tasks = [task for task in expand_tasks(config.data.tasks, config.data) if task.kind == "label" and task.trains]
     if not tasks:
         raise UserError("none of the run's tasks has labels to classify")
@@ -159,44 +149,18 @@ def run(args: argparse.Namespace) -> int:
 
     loaded = choice.load(config)
     pooled = {
-        split: [pool_split(loaded, task, split, config, args.limit, args.batch_size) for task in tasks]
+        split: [pool_split(loaded, task, split, config, options.limit, options.batch_size) for task in tasks]
         for split in ("train", "validation")
     }
-    model = train_classifiers(
-        pooled["train"], args.epochs, args.learning_rate, args.warmup_steps, args.batch_size, args.seed
-    )
+    model = train_classifiers(pooled["train"], options)
     only = evaluate_classifiers(model, pooled["validation"])
-    whole = encoder_decoder_scores(Path(args.run_folder), tasks)
+    whole = encoder_decoder_scores(Path(run_folder), tasks)
     results = {
         "tasks": only,
         "encoder_only": averages(tasks, only)["average"],
         "encoder_decoder": averages(tasks, whole)["average"] if len(whole) == len(tasks) else None,
-        "limit": args.limit,
+        "limit": options.limit,
     }
-    path = Path(args.run_folder) / RESULTS
-    path.write_text(json.dumps(results, indent=2))
-    print_scores(tasks, only, whole, results)
-    print(path)
-    return 0
-
-
-def print_scores(
-    tasks: Sequence[Task],
-    only: dict[str, dict[str, float]],
-    whole: dict[str, dict[str, float]],
-    results: dict[str, Any],
-) -> None:
-    """Both models' validation scores, task by task."""
-    table = Table(title="validation scores")
-    table.add_column("task")
-    table.add_column("metric")
-    table.add_column("encoder-decoder", justify="right")
-    table.add_column("encoder-only", justify="right")
-    for task in tasks:
-        for metric, score in only[task.name].items():
-            beside = whole.get(task.name, {}).get(metric)
-            table.add_row(task.name, metric, "" if beside is None else f"{beside:.1f}", f"{score:.1f}")
-    table.add_section()
-    beside = results["encoder_decoder"]
-    table.add_row("average", "", "" if beside is None else f"{beside:.2f}", f"{results['encoder_only']:.2f}")
-    Console().print(table)
+    path = Path(run_folder) / CLASSIFIER
+    write_json(path, results)
+    return Classified(tasks, only, whole, results, path)

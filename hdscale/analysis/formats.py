@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hdscale.errors import UserError
+from hdscale.files import write_text
 
 SUFFIXES = {"markdown": ".md", "csv": ".csv", "latex": ".tex"}
 LATEX_SPECIAL = {
@@ -24,13 +24,13 @@ class TextTable:
     """A table whose cells are text.
 
     Attributes:
-        title: above it. header: one text a column; the first column is aligned left, the others right.
+        title: above it. header: one text per column; the first column is aligned left, the others right.
         rows: as many texts as the header. notes: lines below it.
     """
 
     title: str
     header: Sequence[str]
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     notes: list[str] = field(default_factory=list)
 
 
@@ -89,30 +89,26 @@ def latex(table: TextTable) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Text in which nothing is a command of LaTeX."""
+    """Text without commands of LaTeX."""
     return "".join(LATEX_SPECIAL.get(character, character) for character in text)
 
 
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--format` and `--output`, the same for every analysis that makes tables."""
-    parser.add_argument("--format", choices=list(SUFFIXES), default="markdown", help="default: markdown")
-    parser.add_argument("--output", metavar="FILE", help="write here and not to the screen")
+def write_tables(tables: Sequence[TextTable], form: str, output: str | None) -> str:
+    """The tables as one text, which is also written to a file where one is named.
 
-
-def write_tables(tables: Sequence[TextTable], args: argparse.Namespace) -> None:
-    """Print the tables, or write them to `--output`.
+    Args:
+        form: "markdown", "csv" or "latex".
+        output: path of the file.
 
     Raises:
-        UserError: where the file cannot be written.
+        UserError: if the file cannot be written.
     """
-    text = "\n".join(render(table, args.format) for table in tables)
-    if args.output is None:
-        print(text, end="")
-        return
-    path = Path(args.output)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from error
-    print(path)
+    text = "\n".join(render(table, form) for table in tables)
+    if output is not None:
+        path = Path(output)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+        except OSError as error:
+            raise UserError(f"--output {path}: cannot be written ({error.strerror})") from error
+    return text

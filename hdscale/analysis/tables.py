@@ -1,25 +1,23 @@
-"""`hdscale analyze tables --runs DIR`: the paper's tables, each printed row with your runs of it below."""
+"""The paper's tables, each printed row with your runs of it below (`hdscale analyze tables --runs DIR`)."""
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from hdscale.analysis.formats import TextTable, add_output_arguments, write_tables
+from hdscale.analysis.formats import TextTable
 from hdscale.analysis.paper import Column, PaperRow, PaperTable, config_path, paper_table, paper_tables
+from hdscale.config import yaml_with_bases
 from hdscale.errors import UserError
-from hdscale.runs.results import RunResult, find_runs
+from hdscale.runs.results import RunResult
 
 MISSING = "–"
 
 
 def run_name(row: PaperRow) -> str:
     """The name of the run that the row's configuration starts."""
-    from hdscale.config import yaml_with_bases
-
-    return str(yaml_with_bases(config_path(row.config))["run"]["name"])
+    return str(yaml_with_bases(config_path(str(row.config)))["run"]["name"])
 
 
 def runs_of(row: PaperRow, runs: Sequence[RunResult]) -> list[RunResult]:
@@ -78,7 +76,7 @@ def beside_the_paper(table: PaperTable, runs: Sequence[RunResult]) -> TextTable:
 
 
 def own_table(runs: Sequence[RunResult]) -> TextTable:
-    """Runs that stand in no table of the paper: one row each, all metrics."""
+    """Runs that are in no table of the paper: one row each, all metrics."""
     columns = list(
         dict.fromkeys((task, metric) for run in runs for task, metrics in run.tasks.items() for metric in metrics)
     )
@@ -91,33 +89,21 @@ def own_table(runs: Sequence[RunResult]) -> TextTable:
     return TextTable("Runs", header, rows)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--runs", nargs="+", default=[], metavar="DIR", help="folders in and below which finished runs lie"
-    )
-    parser.add_argument(
-        "--table",
-        nargs="+",
-        metavar="N",
-        help="tables of the paper (1, 2, 13, ...), or `runs` for one of your own runs alone",
-    )
-    add_output_arguments(parser)
+def tables_of(runs: Sequence[RunResult], wanted: Sequence[str]) -> list[TextTable]:
+    """The tables that are wanted: of the paper by number, or `runs` for one of these runs only.
 
+    With runs and without a wish: the paper's tables that have a row of them.
 
-def run(args: argparse.Namespace) -> int:
-    runs = find_runs(args.runs) if args.runs else []
-    if args.table == ["runs"]:
+    Raises:
+        UserError: for an unknown table, or if there is nothing to show.
+    """
+    if list(wanted) == ["runs"]:
         if not runs:
             raise UserError("--table runs needs --runs DIR")
-        write_tables([own_table(runs)], args)
-        return 0
-    tables = [paper_table(key) for key in args.table] if args.table else list(paper_tables().values())
-    if not args.table and runs:
-        # what has something of one's own to show
+        return [own_table(runs)]
+    tables = [paper_table(key) for key in wanted] if wanted else list(paper_tables().values())
+    if not wanted and runs:
         tables = [table for table in tables if any(runs_of(row, runs) for row in table.rows)]
         if not tables:
-            raise UserError(
-                "none of these runs is a row of configs/paper; --table runs shows them in a table of their own"
-            )
-    write_tables([beside_the_paper(table, runs) for table in tables], args)
-    return 0
+            raise UserError("none of these runs is a row of configs/paper; --table runs shows them in a separate table")
+    return [beside_the_paper(table, runs) for table in tables]

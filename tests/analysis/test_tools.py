@@ -14,6 +14,7 @@ import yaml
 from scipy import stats
 
 from hdscale.analysis.classifier import Pooled, evaluate_classifiers, train_classifiers
+from hdscale.analysis.options import ClassifierOptions
 from hdscale.analysis.compare import comparison_table
 from hdscale.analysis.embeddings import Embedded, colourings, draw, project
 from hdscale.analysis.formats import TextTable, escape_latex, render
@@ -230,10 +231,11 @@ def test_classifiers_learn_what_is_linear_in_the_means():
         numbers = (means @ direction).argmax(dim=-1)
         examples = [SimpleNamespace(target=task.labels[number], references=None) for number in numbers.tolist()]
         sets.append(Pooled(task, means, numbers, examples))
-    model = train_classifiers(sets, epochs=15, learning_rate=1e-2, warmup_steps=5, batch_size=64)
+    options = ClassifierOptions(epochs=15, learning_rate=1e-2, warmup_steps=5, batch_size=64)
+    model = train_classifiers(sets, options)
     found = evaluate_classifiers(model, sets)
     assert set(found) == {"rte", "mnli"} and min(metrics["accuracy"] for metrics in found.values()) > 90
-    again = train_classifiers(sets, epochs=15, learning_rate=1e-2, warmup_steps=5, batch_size=64)
+    again = train_classifiers(sets, options)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 

@@ -130,7 +130,7 @@ BAD = {
         b'{"task": "pairs", "one": "", "two": "x"}',
         "line 2: column 'one' of task pairs is empty",
     ),
-    "column a list": (b'{"task": "pairs", "one": [1], "two": "x"}', "line 2: column 'one' holds a list"),
+    "column a list": (b'{"task": "pairs", "one": [1], "two": "x"}', "line 2: column 'one' has a list"),
     "no context": (b'{"task": "squad", "question": "x"}', "line 2: field 'context' of task squad is missing"),
 }
 

@@ -14,7 +14,6 @@ from hdscale.errors import UserError, nearest
 ASSET = Path(__file__).resolve().parent / "assets" / "paper.yaml"
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "paper"
 """One configuration for each row that is trained (in the repository; an installed package has none)."""
-"""Largest difference, in points, between a printed share of trainable parameters and the exact one."""
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,11 @@ def test_compare_command(runs, capsys, tmp_path):
     # other seeds cannot be paired: Welch's alone, and it says so
     assert main(["analyze", "compare", *ours[:4], "--against", *theirs[1:]]) == 0
     printed = capsys.readouterr().out
-    assert "no paired test: the seeds are [0, 1, 2, 3] and [1, 2, 3, 4]" in printed and "paired t-test" not in printed
+    assert (
+        "no paired test: it needs equal and distinct seeds" in printed
+        and "[1, 2, 3, 4]" in printed
+        and "paired t-test" not in printed
+    )
     for arguments, message in [
         ([*ours[:4], "--against", *theirs[1:], "--test", "paired-t"], "pairs runs by seed"),
         ([*ours[:1], "--against", *theirs[:1]], "a test needs at least 2"),
@@ -274,7 +278,7 @@ def test_embeddings_of_a_run(real_run, capsys, tmp_path):
 
     assert matplotlib.image.imread(tmp_path / "pca_by_task.png").shape[:2] == (780, 1200)
     for arguments, message in [
-        (["--limit", "0"], "--limit must be at least 1"),
+        (["--limit", "0"], "--limit=0: must be at least 1"),
         (["--limit", "1", "--tasks", "rte"], "too few to draw"),
     ]:
         assert main(["analyze", "embeddings", "--run", str(folder), *arguments]) == 2

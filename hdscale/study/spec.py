@@ -15,7 +15,6 @@ limits: {runs: 50, retries: 2, minutes: 60}
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,13 +25,15 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hdscale.cluster.records import LAUNCHES
+from hdscale.cluster.sweep import grid
 from hdscale.config import Config, all_keys, merge, to_config, to_dict, yaml_with_bases
 from hdscale.errors import UserError, nearest, one_line
 from hdscale.settings import flatten
 
 KEYS = ("name", "title", "dir", "config", "set", "axes", "exclude", "limits")
 RESERVED = ("run.name", "run.dir")
-FOLDERS = ("_study", "report", "launches")
+FOLDERS = ("_study", "report", LAUNCHES)
 """Folders of a study beside those of its runs."""
 
 
@@ -122,12 +123,12 @@ def load_study(path: str | Path, folder: str | Path | None = None) -> Study:
     node = merge(node, nested(fixed), f"{path}: set")
     excluded = read_excluded(tree.get("exclude"), axes, path)
     runs = []
-    for row in itertools.product(*axes.values()):
-        point = {axis: one.name for axis, one in zip(axes, row, strict=True)}
+    for chosen in grid(axes):
+        point = {axis: one.name for axis, one in chosen.items()}
         if any(all(point[axis] == name for axis, name in rule.items()) for rule in excluded):
             continue
         config = node
-        for axis, one in zip(axes, row, strict=True):
+        for axis, one in chosen.items():
             config = merge(config, nested(one.settings), f"{path}: axes.{axis}, point {one.name}")
         run_name = name_of(axes, point)
         place = {"run": {"name": run_name, "dir": str(folder)}}
@@ -156,7 +157,7 @@ def read_tree(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must be a mapping with config and axes")
-    return tree
+    return {str(key): value for key, value in tree.items()}
 
 
 def read_limits(tree: Any, path: Path) -> Limits:

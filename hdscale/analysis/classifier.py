@@ -1,39 +1,79 @@
-"""`hdscale classify --run R`: classifiers on a trained run's encoder, without the decoder (Table 7, Appendix C).
+"""Classifiers on a trained run's encoder, without the decoder (Table 7, Appendix C; `hdscale classify`).
 
 The encoder with its trained adapters stays frozen and runs once over the data, without dropout: an instance's masked
 mean is all that the classifiers see of it. Trained anew are an MLP of Eq. 8's shape, shared by the tasks, and a linear
-layer a task. Tasks without labels (STS-B) are left out, and the validation sets are evaluated, as in Table 7.
+layer per task. Tasks without labels (STS-B) are left out, and the validation sets are evaluated, as in Table 7.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hdscale.config import Config
 from hdscale.data.sources import check_splits, load_examples
-from hdscale.data.tasks import Task, expand_tasks
+from hdscale.data.tasks import Example, Task, expand_tasks
 from hdscale.data.tokenize import tokenized_split
 from hdscale.engine.optimizer import learning_rate_factor
 from hdscale.errors import UserError
 from hdscale.evaluation.averages import averages
 from hdscale.evaluation.generation import global_batches, model_device, pad_sources
 from hdscale.evaluation.metrics import compute
+from hdscale.files import write_json
 from hdscale.load import Choice, Loaded
 from hdscale.modeling.conditioning import masked_mean
+from hdscale.runs.folder import CLASSIFIER, RESULTS
 
-RESULTS = "classifier.json"
 LEARNING_RATE, EPOCHS, WARMUP_STEPS, BATCH_SIZE = 2e-5, 3, 500, 128
-"""Appendix C; the batch size is that of GLUE training (3.2), C states none."""
+"""Appendix C; it states no batch size: this one is that of GLUE training (3.2)."""
+
+Scores = dict[str, dict[str, float]]
+"""{task: {metric: score x100}}."""
+
+
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """What to train.
+
+    Attributes:
+        run: folder of a finished run. epochs, learning_rate, warmup_steps, batch_size, seed: of the classifiers.
+        limit: at most so many rows of each split (None: all). device: of the encoder, cpu or cuda; None: a GPU where
+            there is one. overrides: `key=value` over the run's settings.
+    """
+
+    run: str
+    epochs: int = EPOCHS
+    learning_rate: float = LEARNING_RATE
+    warmup_steps: int = WARMUP_STEPS
+    batch_size: int = BATCH_SIZE
+    limit: int | None = None
+    seed: int = 0
+    device: str | None = None
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ClassifierScores:
+    """What the classifiers reach beside the whole model.
+
+    Attributes:
+        tasks: classified. encoder_only, encoder_decoder: validation scores of the classifiers, and of the run (where it
+            has them). encoder_only_average, encoder_decoder_average: over the tasks; None where the run lacks a task.
+        path: of the written results.
+    """
+
+    tasks: list[Task]
+    encoder_only: Scores
+    encoder_decoder: Scores
+    encoder_only_average: float
+    encoder_decoder_average: float | None
+    path: Path
 
 
 class EncoderClassifier(nn.Module):
@@ -50,7 +90,8 @@ class EncoderClassifier(nn.Module):
 
     def forward(self, means: Tensor, task: str) -> Tensor:
         """means [M, D] -> logits [M, labels of the task]."""
-        return self.heads[task](self.mlp(means))
+        logits: Tensor = self.heads[task](self.mlp(means))
+        return logits
 
 
 @dataclass
@@ -60,10 +101,10 @@ class Pooled:
     task: Task
     means: Tensor
     labels: Tensor
-    examples: list[Any]
+    examples: list[Example]
 
 
-def pool_split(loaded: Loaded, task: Task, split: str, config: Any, limit: int | None, batch_size: int) -> Pooled:
+def pool_split(loaded: Loaded, task: Task, split: str, config: Config, limit: int | None, batch_size: int) -> Pooled:
     """Run the frozen encoder over a split and keep each row's masked mean over the source tokens."""
     rows = tokenized_split(task, split, loaded.tokenizer, config.data)
     count = min(limit or len(rows), len(rows))
@@ -116,7 +157,7 @@ def train_classifiers(
 
 
 @torch.no_grad()
-def evaluate_classifiers(model: EncoderClassifier, sets: Sequence[Pooled]) -> dict[str, dict[str, float]]:
+def evaluate_classifiers(model: EncoderClassifier, sets: Sequence[Pooled]) -> Scores:
     """{task: {metric: score x100}} by each task's own metrics."""
     found = {}
     for one in sets:
@@ -125,33 +166,22 @@ def evaluate_classifiers(model: EncoderClassifier, sets: Sequence[Pooled]) -> di
     return found
 
 
-def encoder_decoder_scores(folder: Path, tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
+def encoder_decoder_scores(folder: Path, tasks: Sequence[Task]) -> Scores:
     """The whole model's scores on the validation sets, as its run wrote them (some tasks may be missing)."""
-    path = folder / "results.json"
+    path = folder / RESULTS
     written = json.loads(path.read_text()).get("validation", {}) if path.is_file() else {}
     return {task.name: written[task.name] for task in tasks if task.name in written}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # `args.run` is the function of the verb
-    parser.add_argument("--run", dest="run_folder", metavar="DIR", required=True, help="folder of a finished run")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"default: {EPOCHS}")
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help=f"default: {LEARNING_RATE:g}")
-    parser.add_argument("--warmup-steps", type=int, default=WARMUP_STEPS, help=f"default: {WARMUP_STEPS}")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"default: {BATCH_SIZE}")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most so many rows of each split (for trial runs)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="of the encoder; default: a GPU where there is one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's (data.root=...)")
+def classify(options: ClassifierOptions) -> ClassifierScores:
+    """Train classifiers on a run's frozen encoder, evaluate them on the validation sets, and write `classifier.json`.
 
-
-def run(args: argparse.Namespace) -> int:
-    for name in ("epochs", "batch_size", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    choice = Choice(run=args.run_folder, device=args.device)
+    Raises:
+        UserError: if the run cannot be loaded, or none of its tasks has labels.
+    """
+    choice = Choice(run=options.run, device=options.device)
     choice.check()
-    config = choice.config(args.overrides)
+    config = choice.config(options.overrides)
     tasks = [task for task in expand_tasks(config.data.tasks, config.data) if task.kind == "label" and task.trains]
     if not tasks:
         raise UserError("none of the run's tasks has labels to classify")
@@ -159,44 +189,32 @@ def run(args: argparse.Namespace) -> int:
 
     loaded = choice.load(config)
     pooled = {
-        split: [pool_split(loaded, task, split, config, args.limit, args.batch_size) for task in tasks]
+        split: [pool_split(loaded, task, split, config, options.limit, options.batch_size) for task in tasks]
         for split in ("train", "validation")
     }
     model = train_classifiers(
-        pooled["train"], args.epochs, args.learning_rate, args.warmup_steps, args.batch_size, args.seed
+        pooled["train"],
+        options.epochs,
+        options.learning_rate,
+        options.warmup_steps,
+        options.batch_size,
+        options.seed,
     )
     only = evaluate_classifiers(model, pooled["validation"])
-    whole = encoder_decoder_scores(Path(args.run_folder), tasks)
-    results = {
+    whole = encoder_decoder_scores(Path(options.run), tasks)
+    scores = ClassifierScores(
+        tasks=tasks,
+        encoder_only=only,
+        encoder_decoder=whole,
+        encoder_only_average=averages(tasks, only)["average"],
+        encoder_decoder_average=averages(tasks, whole)["average"] if len(whole) == len(tasks) else None,
+        path=Path(options.run) / CLASSIFIER,
+    )
+    written = {
         "tasks": only,
-        "encoder_only": averages(tasks, only)["average"],
-        "encoder_decoder": averages(tasks, whole)["average"] if len(whole) == len(tasks) else None,
-        "limit": args.limit,
+        "encoder_only": scores.encoder_only_average,
+        "encoder_decoder": scores.encoder_decoder_average,
+        "limit": options.limit,
     }
-    path = Path(args.run_folder) / RESULTS
-    path.write_text(json.dumps(results, indent=2))
-    print_scores(tasks, only, whole, results)
-    print(path)
-    return 0
-
-
-def print_scores(
-    tasks: Sequence[Task],
-    only: dict[str, dict[str, float]],
-    whole: dict[str, dict[str, float]],
-    results: dict[str, Any],
-) -> None:
-    """Both models' validation scores, task by task."""
-    table = Table(title="validation scores")
-    table.add_column("task")
-    table.add_column("metric")
-    table.add_column("encoder-decoder", justify="right")
-    table.add_column("encoder-only", justify="right")
-    for task in tasks:
-        for metric, score in only[task.name].items():
-            beside = whole.get(task.name, {}).get(metric)
-            table.add_row(task.name, metric, "" if beside is None else f"{beside:.1f}", f"{score:.1f}")
-    table.add_section()
-    beside = results["encoder_decoder"]
-    table.add_row("average", "", "" if beside is None else f"{beside:.2f}", f"{results['encoder_only']:.2f}")
-    Console().print(table)
+    write_json(scores.path, written)
+    return scores

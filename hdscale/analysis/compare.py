@@ -1,4 +1,4 @@
-"""`hdscale analyze compare R1 R2 ... --against B1 B2 ...`: two methods over seeds, as the marks of Table 1 need it.
+"""Two methods over seeds, as the marks of Table 1 need it (`hdscale analyze compare`).
 
 The paper marks differences at p < 0.05 and names no test. Here a paired t-test (runs of equal seeds side by side) and
 Welch's stand in the same table, each corrected by Holm's method over the metrics; averages are a family of their own.
@@ -6,24 +6,27 @@ Welch's stand in the same table, each corrected by Holm's method over the metric
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from hdscale.analysis.formats import TextTable, add_output_arguments, write_tables
+from hdscale.analysis.formats import TextTable
+from hdscale.analysis.significance import PAIRED, compare
 from hdscale.errors import UserError
-from hdscale.runs.results import RunResult, read_run, task_average
+from hdscale.runs.results import RunResult, task_average
 
 SIGNIFICANT = 0.05
 TEST_NAMES = {
-    "paired-t": "paired t-test", "welch": "Welch's t-test", "wilcoxon": "Wilcoxon's signed ranks", "bootstrap": "bootstrap"
-}  # fmt: skip
+    "paired-t": "paired t-test",
+    "welch": "Welch's t-test",
+    "wilcoxon": "Wilcoxon's signed ranks",
+    "bootstrap": "bootstrap",
+}
 
 Scores = dict[str, list[float]]
 
 
 def metric_scores(runs: Sequence[RunResult]) -> Scores:
-    """{"task metric": one score a run} of the metrics that all runs have."""
+    """{"task metric": one score per run} of the metrics that all runs have."""
     common = [
         (task, metric)
         for task, metrics in runs[0].tasks.items()
@@ -34,7 +37,7 @@ def metric_scores(runs: Sequence[RunResult]) -> Scores:
 
 
 def average_scores(runs: Sequence[RunResult], without: Sequence[str]) -> Scores:
-    """{"average": one a run, "average without T": ...} for each task to be left out."""
+    """{"average": one per run, "average without T": ...} for each task to be left out."""
     found = {"average": [task_average(run) for run in runs]}
     for task in without:
         found[f"average without {task}"] = [task_average(run, [task]) for run in runs]
@@ -49,8 +52,6 @@ def choose_tests(
     Raises:
         UserError: if a paired test was asked for by name and the seeds do not match.
     """
-    from hdscale.analysis.significance import PAIRED
-
     seeds = sorted(run.seed for run in first), sorted(run.seed for run in second)
     pairable = seeds[0] == seeds[1] and len(set(seeds[0])) == len(seeds[0])
     if wanted:
@@ -76,8 +77,6 @@ def comparison_table(
     Raises:
         UserError: fewer than two runs of a method, no common metric.
     """
-    from hdscale.analysis.significance import compare
-
     first, second = (sorted(runs, key=lambda run: run.seed) for runs in (first, second))
     families = [
         (metric_scores(first), metric_scores(second)),
@@ -111,36 +110,11 @@ def comparison_table(
 
 
 def spread(scores: Sequence[float]) -> str:
+    """Mean and standard deviation."""
     return f"{fmean(scores):.1f} ± {stdev(scores):.1f}"
 
 
 def method_name(runs: Sequence[RunResult]) -> str:
-    """The runs' method, with its sizes' share: runs of one method may still differ in it."""
+    """The runs' method and its share of trainable parameters, by which runs of one method may differ."""
     names = list(dict.fromkeys(run.config["method"]["name"] for run in runs))
     return f"{'/'.join(names)} ({runs[0].percent:.1f}%)"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs of one method, by seed")
-    parser.add_argument("--against", nargs="+", required=True, metavar="RUN", help="runs of the method to compare with")
-    parser.add_argument(
-        "--without", nargs="+", default=[], metavar="TASK", help="averages without these tasks too, each by itself"
-    )
-    parser.add_argument(
-        "--test",
-        nargs="+",
-        default=[],
-        choices=list(TEST_NAMES),
-        help="default: paired-t and welch, or welch where seeds differ",
-    )
-    add_output_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    first, second = [read_run(path) for path in args.runs], [read_run(path) for path in args.against]
-    tests, note = choose_tests(first, second, args.test)
-    table = comparison_table(first, second, tests, args.without)
-    if note:
-        table.notes.append(note)
-    write_tables([table], args)
-    return 0

@@ -1,26 +1,62 @@
-"""`hdscale analyze embeddings --run R`: what conditions the decoder (e of Eq. 8), seen through t-SNE and PCA (Figures 2-4)."""
+"""What conditions the decoder (e of Eq. 8), seen through t-SNE and PCA (Figures 2-4; `hdscale analyze embeddings`)."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+from hdscale.config import Config
+from hdscale.data.tasks import Task, expand_tasks
+from hdscale.data.tokenize import tokenized_split
 from hdscale.errors import UserError
+from hdscale.evaluation.generation import Decoder, model_device, pad_sources, task_decoding
+from hdscale.load import Choice, Loaded
+from hdscale.report.palette import PALE, style
 
-if TYPE_CHECKING:
-    import numpy as np
-    from matplotlib.figure import Figure
-
-# Okabe and Ito's palette; tasks beyond it get other markers
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-MARKERS = ("o", "^", "s", "D", "v", "P")
 LARGEST_LEGEND = 24
 PERPLEXITY = 30.0
 SPLIT = "validation"
+PROJECTIONS = {"pca": "PCA", "tsne": "t-SNE"}
+OTHERS = "(others)"
+
+
+@dataclass(frozen=True)
+class EmbeddingOptions:
+    """What to embed, and where the files go.
+
+    Attributes:
+        run: folder of a finished run. tasks: tasks or mixtures; none: the run's. split: of each task.
+        limit: instances of each task. batch_size: instances at once. seed: of t-SNE.
+        output: folder; None: the run's, analysis/embeddings. device: cpu or cuda; None: a GPU where there is one.
+        overrides: `key=value` over the run's settings.
+    """
+
+    run: str
+    tasks: list[str] = field(default_factory=list)
+    split: str = SPLIT
+    limit: int = 500
+    batch_size: int = 32
+    seed: int = 0
+    output: str | None = None
+    device: str | None = None
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EmbeddingFiles:
+    """What was written, and the tasks that have no such split."""
+
+    coordinates: Path
+    pictures: list[Path]
+    skipped: list[str]
 
 
 @dataclass(frozen=True)
@@ -38,7 +74,7 @@ class Colouring:
     """A way to colour the points.
 
     Attributes:
-        name: of the file. title: of the figure. groups: one text an instance, None to leave it out.
+        name: of the file. title: of the figure. groups: one text per instance, None to leave it out.
     """
 
     name: str
@@ -46,21 +82,49 @@ class Colouring:
     groups: list[str | None]
 
 
+def embed_run(options: EmbeddingOptions) -> EmbeddingFiles:
+    """Write the coordinates of a run's embeddings, and a picture for each projection and colouring.
+
+    Raises:
+        UserError: if the run cannot be loaded, no task has the split, or there are too few instances.
+    """
+    choice = Choice(run=options.run, device=options.device)
+    choice.check()
+    config = choice.config(options.overrides)
+    tasks = expand_tasks(options.tasks or config.data.tasks, config.data)
+    skipped = [task.name for task in tasks if options.split not in task.splits]
+    tasks = [task for task in tasks if options.split in task.splits]
+    if not tasks:
+        raise UserError(f"none of {', '.join(skipped)} has a {options.split} split; choose another with --split")
+    folder = Path(options.output) if options.output else Path(options.run) / "analysis" / "embeddings"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    loaded = choice.load(config)
+    vectors, instances = embed_tasks(loaded, tasks, config, options.split, options.limit, options.batch_size)
+    projections = project(vectors, options.seed)
+    coordinates = folder / "coordinates.csv"
+    write_coordinates(coordinates, instances, projections)
+    pictures = []
+    for method, points in projections.items():
+        for colouring in colourings(instances):
+            name = PROJECTIONS[method]
+            title = f"{name} of the hypernetwork's embeddings, {options.split}, {colouring.title}\n{config.run.name}"
+            path = folder / f"{method}_by_{colouring.name}.png"
+            draw(points, colouring, method, title).savefig(path, dpi=150)
+            pictures.append(path)
+    return EmbeddingFiles(coordinates, pictures, skipped)
+
+
 def embed_tasks(
-    loaded: Any, tasks: Sequence[Any], config: Any, split: str, limit: int, batch_size: int
+    loaded: Loaded, tasks: Sequence[Task], config: Config, split: str, limit: int, batch_size: int
 ) -> tuple[np.ndarray, list[Embedded]]:
     """Embeddings [M, D] and predictions of the first `limit` rows of each task's split.
 
     Args:
-        loaded: a `hdscale.load.Loaded` model of hdscale's own. config: of its run.
+        loaded: a model of hdscale's own. config: of its run.
     """
-    import numpy as np
-    import torch
-
-    from hdscale.data.tokenize import tokenized_split
-    from hdscale.evaluation.generation import Decoder, model_device, pad_sources, task_decoding
-
-    vectors, instances = [], []
+    vectors: list[np.ndarray] = []
+    instances: list[Embedded] = []
     device = model_device(loaded.model)
     for task in tasks:
         rows = tokenized_split(task, split, loaded.tokenizer, config.data)
@@ -82,16 +146,12 @@ def embed_tasks(
 
 
 def project(vectors: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
-    """Two coordinates an instance by PCA and by t-SNE: vectors [M, D] -> {"pca": [M, 2], "tsne": [M, 2]}."""
-    import numpy as np
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
+    """Two coordinates per instance by PCA and by t-SNE: vectors [M, D] -> {"pca": [M, 2], "tsne": [M, 2]}."""
     if len(vectors) < 4:
         raise UserError(f"{len(vectors)} instances are too few to draw; raise --limit")
     vectors = vectors.astype(np.float64)
     perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
-    # a task-conditioned model has one point a task: t-SNE's default start divides by a spread that may be 0
+    # a task-conditioned model has one point per task: t-SNE's default start divides by a spread that may be 0
     spread = bool(vectors.std(axis=0).max() > 0)
     start = "pca" if spread else "random"
     return {
@@ -101,7 +161,7 @@ def project(vectors: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def colourings(instances: Sequence[Embedded]) -> list[Colouring]:
-    """By task; by predicted label where tasks have labels (Figure 3 leaves numbers out); by empty answers (Figure 4)."""
+    """By task; where tasks have labels, by predicted label (Figure 3, without numbers); by empty answers (Figure 4)."""
     found = [Colouring("task", "by task", [one.task for one in instances])]
     labels = [one.prediction if one.kind == "label" else None for one in instances]
     if any(label is not None for label in labels):
@@ -116,9 +176,6 @@ def colourings(instances: Sequence[Embedded]) -> list[Colouring]:
 
 def draw(points: np.ndarray, colouring: Colouring, method: str, title: str) -> Figure:
     """A scatter plot with a legend beside it: points [M, 2]."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
     groups: dict[str, list[int]] = {}
     for index, group in enumerate(colouring.groups):
         if group is not None:
@@ -127,20 +184,21 @@ def draw(points: np.ndarray, colouring: Colouring, method: str, title: str) -> F
     if len(kept) > LARGEST_LEGEND:
         rest = [index for name in kept[LARGEST_LEGEND - 1 :] for index in groups[name]]
         kept = kept[: LARGEST_LEGEND - 1]
-        groups["(others)"] = rest
-    names = sorted(kept) + (["(others)"] if "(others)" in groups else [])
+        groups[OTHERS] = rest
+    names = sorted(kept) + ([OTHERS] if OTHERS in groups else [])
     figure = Figure(figsize=(8.0, 5.2), layout="constrained")
     axes = figure.add_subplot()
     total = sum(len(groups[name]) for name in names)
     size = float(np.clip(4000.0 / total, 4.0, 30.0))
     for number, name in enumerate(names):
+        colour, marker = style(number)
         chosen = points[groups[name]]
         axes.scatter(
             chosen[:, 0],
             chosen[:, 1],
             s=size,
-            c="#999999" if name == "(others)" else COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
+            c=PALE if name == OTHERS else colour,
+            marker=marker,
             alpha=0.7,
             linewidths=0,
             label=f"{name if len(name) <= 24 else name[:23] + '…'} ({len(groups[name])})",
@@ -154,7 +212,7 @@ def draw(points: np.ndarray, colouring: Colouring, method: str, title: str) -> F
 
 
 def write_coordinates(path: Path, instances: Sequence[Embedded], projections: dict[str, np.ndarray]) -> None:
-    """One line an instance: task, id, prediction, and its two coordinates by each projection."""
+    """One line per instance: task, id, prediction, and its two coordinates by each projection."""
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         names = list(projections)
@@ -162,50 +220,3 @@ def write_coordinates(path: Path, instances: Sequence[Embedded], projections: di
         for index, one in enumerate(instances):
             numbers = [f"{value:.6g}" for name in names for value in projections[name][index]]
             writer.writerow([one.task, one.id, one.prediction, *numbers])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # `args.run` is the function of the verb
-    parser.add_argument("--run", dest="run_folder", metavar="DIR", required=True, help="folder of a finished run")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks or mixtures; default: the run's")
-    parser.add_argument("--split", default=SPLIT, choices=["train", "validation", "test"], help=f"default: {SPLIT}")
-    parser.add_argument("--limit", type=int, default=500, metavar="N", help="instances of each task (default: 500)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="instances at once (default: 32)")
-    parser.add_argument("--seed", type=int, default=0, help="of t-SNE (default: 0)")
-    parser.add_argument("--output", metavar="DIR", help="default: the run's folder, analysis/embeddings")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's (data.root=...)")
-
-
-def run(args: argparse.Namespace) -> int:
-    from hdscale.data.tasks import expand_tasks
-    from hdscale.load import Choice
-
-    for name in ("limit", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    choice = Choice(run=args.run_folder, device=args.device)
-    choice.check()
-    config = choice.config(args.overrides)
-    tasks = expand_tasks(args.tasks or config.data.tasks, config.data)
-    skipped = [task.name for task in tasks if args.split not in task.splits]
-    tasks = [task for task in tasks if args.split in task.splits]
-    if not tasks:
-        raise UserError(f"none of {', '.join(skipped)} has a {args.split} split; choose another with --split")
-    folder = Path(args.output) if args.output else Path(args.run_folder) / "analysis" / "embeddings"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    vectors, instances = embed_tasks(choice.load(config), tasks, config, args.split, args.limit, args.batch_size)
-    projections = project(vectors, args.seed)
-    write_coordinates(folder / "coordinates.csv", instances, projections)
-    print(folder / "coordinates.csv")
-    if skipped:
-        print(f"without {', '.join(skipped)}: no {args.split} split")
-    for method, points in projections.items():
-        for colouring in colourings(instances):
-            name = {"pca": "PCA", "tsne": "t-SNE"}[method]
-            title = f"{name} of the hypernetwork's embeddings, {args.split}, {colouring.title}\n{config.run.name}"
-            path = folder / f"{method}_by_{colouring.name}.png"
-            draw(points, colouring, method, title).savefig(path, dpi=150)
-            print(path)
-    return 0

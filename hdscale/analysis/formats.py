@@ -1,17 +1,13 @@
-"""A table of text as Markdown, CSV or LaTeX."""
+"""Tables of text as Markdown, CSV or LaTeX."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from hdscale.errors import UserError
-
-SUFFIXES = {"markdown": ".md", "csv": ".csv", "latex": ".tex"}
+FORMS = ("markdown", "csv", "latex")
 LATEX_SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "†": r"$\dagger$", "–": "--", "*": r"$^{*}$",
@@ -24,13 +20,13 @@ class TextTable:
     """A table whose cells are text.
 
     Attributes:
-        title: above it. header: one text a column; the first column is aligned left, the others right.
+        title: above it. header: one text per column; the first column is aligned left, the others right.
         rows: as many texts as the header. notes: lines below it.
     """
 
     title: str
     header: Sequence[str]
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     notes: list[str] = field(default_factory=list)
 
 
@@ -93,26 +89,6 @@ def escape_latex(text: str) -> str:
     return "".join(LATEX_SPECIAL.get(character, character) for character in text)
 
 
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--format` and `--output`, the same for every analysis that makes tables."""
-    parser.add_argument("--format", choices=list(SUFFIXES), default="markdown", help="default: markdown")
-    parser.add_argument("--output", metavar="FILE", help="write here and not to the screen")
-
-
-def write_tables(tables: Sequence[TextTable], args: argparse.Namespace) -> None:
-    """Print the tables, or write them to `--output`.
-
-    Raises:
-        UserError: where the file cannot be written.
-    """
-    text = "\n".join(render(table, args.format) for table in tables)
-    if args.output is None:
-        print(text, end="")
-        return
-    path = Path(args.output)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from error
-    print(path)
+def render_all(tables: Sequence[TextTable], form: str) -> str:
+    """Several tables in a form of `FORMS`, an empty line between them."""
+    return "\n".join(render(table, form) for table in tables)

@@ -14,8 +14,6 @@ from hdscale.errors import UserError, nearest
 ASSET = Path(__file__).resolve().parent / "assets" / "paper.yaml"
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "paper"
 """One configuration for each row that is trained (in the repository; an installed package has none)."""
-PERCENT_TOLERANCE = 0.1
-"""Largest difference, in points, between a printed share of trainable parameters and the exact one."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class PaperRow:
         config: stem of the file in configs/paper that trains it; None for a row that the paper reports from elsewhere.
         scores: printed numbers (x100) in the order of the columns, None where there is none.
         reported: where a row that the paper did not train comes from.
-        percent_note: why the exact share differs from the printed one by more than `PERCENT_TOLERANCE`.
+        percent_note: why the exact share differs from the printed one by more than 0.1 points.
     """
 
     name: str

@@ -1,32 +1,30 @@
-"""`hdscale analyze tables --runs DIR`: the paper's tables, each printed row with your runs of it below."""
+"""The paper's tables, each printed row with your runs of it below (`hdscale analyze tables`)."""
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from hdscale.analysis.formats import TextTable, add_output_arguments, write_tables
+from hdscale.analysis.formats import TextTable
 from hdscale.analysis.paper import Column, PaperRow, PaperTable, config_path, paper_table, paper_tables
+from hdscale.config import yaml_with_bases
 from hdscale.errors import UserError
-from hdscale.runs.results import RunResult, find_runs
+from hdscale.runs.results import RunResult
 
 MISSING = "–"
 
 
-def run_name(row: PaperRow) -> str:
-    """The name of the run that the row's configuration starts."""
-    from hdscale.config import yaml_with_bases
-
-    return str(yaml_with_bases(config_path(row.config))["run"]["name"])
+def run_name(config: str) -> str:
+    """The name of the run that a file of configs/paper starts; `config` is its stem."""
+    return str(yaml_with_bases(config_path(config))["run"]["name"])
 
 
 def runs_of(row: PaperRow, runs: Sequence[RunResult]) -> list[RunResult]:
     """The runs of a row: of its name, or of its name and a seed (`NAME_seed7`, as a study calls them)."""
     if row.config is None:
         return []
-    pattern = re.compile(rf"{re.escape(run_name(row))}([_-]seed\d+)?")
+    pattern = re.compile(rf"{re.escape(run_name(row.config))}([_-]seed\d+)?")
     return [run for run in runs if pattern.fullmatch(run.name)]
 
 
@@ -53,10 +51,9 @@ def beside_the_paper(table: PaperTable, runs: Sequence[RunResult]) -> TextTable:
     def noted(text: str | None) -> str:
         if not text:
             return ""
-        line = f"{text}"
-        if line not in numbered:
-            numbered.append(line)
-        return f" [{numbered.index(line) + 1}]"
+        if text not in numbered:
+            numbered.append(text)
+        return f" [{numbered.index(text) + 1}]"
 
     numbered: list[str] = []
     rows = []
@@ -91,33 +88,25 @@ def own_table(runs: Sequence[RunResult]) -> TextTable:
     return TextTable("Runs", header, rows)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--runs", nargs="+", default=[], metavar="DIR", help="folders in and below which finished runs lie"
-    )
-    parser.add_argument(
-        "--table",
-        nargs="+",
-        metavar="N",
-        help="tables of the paper (1, 2, 13, ...), or `runs` for one of your own runs alone",
-    )
-    add_output_arguments(parser)
+def tables_of(runs: Sequence[RunResult], names: Sequence[str]) -> list[TextTable]:
+    """Tables of the paper with own runs in them.
 
+    Args:
+        runs: own runs; may be none. names: numbers of tables; `["runs"]`: one table of the own runs alone; none: all
+            tables, or those that have a row of these runs.
 
-def run(args: argparse.Namespace) -> int:
-    runs = find_runs(args.runs) if args.runs else []
-    if args.table == ["runs"]:
+    Raises:
+        UserError: for a table that the paper does not have, or where there is nothing to show.
+    """
+    if list(names) == ["runs"]:
         if not runs:
             raise UserError("--table runs needs --runs DIR")
-        write_tables([own_table(runs)], args)
-        return 0
-    tables = [paper_table(key) for key in args.table] if args.table else list(paper_tables().values())
-    if not args.table and runs:
-        # what has something of one's own to show
+        return [own_table(runs)]
+    tables = [paper_table(name) for name in names] if names else list(paper_tables().values())
+    if not names and runs:
         tables = [table for table in tables if any(runs_of(row, runs) for row in table.rows)]
         if not tables:
             raise UserError(
                 "none of these runs is a row of configs/paper; --table runs shows them in a table of their own"
             )
-    write_tables([beside_the_paper(table, runs) for table in tables], args)
-    return 0
+    return [beside_the_paper(table, runs) for table in tables]

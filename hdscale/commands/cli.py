@@ -23,7 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("hdscale.commands.plan", "memory, time and communication of a run, before it costs anything"),
     "study": ("hdscale.commands.study", "run a scaling study, resume it, report it"),
     "analyze": ("hdscale.commands.analyze", "embeddings as pictures, comparisons over seeds, the paper's tables"),
-    "classify": ("hdscale.analysis.classifier", "classifiers on a trained run's frozen encoder (Table 7)"),
+    "classify": ("hdscale.commands.classify", "classifiers on a trained run's frozen encoder (Table 7)"),
     "doctor": (
         "hdscale.commands.doctor",
         "report which backends work on this machine, and build the C++ and CUDA kernels",

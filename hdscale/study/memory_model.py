@@ -230,9 +230,9 @@ def adapter_bytes(rows: float, dim: float, base: Architecture, work: Work) -> fl
 def attention_bytes(queries: float, keys: float, pairs: float, base: Architecture, work: Work) -> float:
     """What an attention keeps: queries and keys are rows, pairs is B·(queries)·(keys) of an instance, summed.
 
-    Fused kernels keep q, k, v, their output, and one number per row and head (the additive mask belongs to the stack, not
-    to a layer: see `shared_mask_bytes`). Eager attention, and on a CPU also attention with dropout, is not fused: the
-    probabilities are kept three times (softmax, mask, product), on a CPU all of them in float32.
+    Fused kernels keep q, k, v, their output, and one number per row and head (the additive mask belongs to the stack,
+    not to a layer: see `shared_mask_bytes`). Eager attention, and on a CPU also attention with dropout, is not fused:
+    the probabilities are kept three times (softmax, mask, product), on a CPU all of them in float32.
     """
     inner = base.heads * base.d_kv
     e = work.dtype_bytes
@@ -343,7 +343,7 @@ def backward_temporaries(rows: float, pairs: float, base: Architecture, work: Wo
 
 
 def loss_bytes(base: Architecture, work: Work) -> float:
-    """Loss over the vocabulary, in float32: log-probabilities, their gradient, that of the logits; one more to smooth."""
+    """Loss over the vocabulary, in float32: log-probabilities, their gradient, that of the logits, one to smooth."""
     tensors = 4 if work.label_smoothing else 3
     return 4 * tensors * work.rows * work.target * base.vocabulary
 

@@ -14,12 +14,14 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelFor
 
 from hdscale.bases.base import quiet_loading, tokenizer_name
 from hdscale.config import Config, load_config
+from hdscale.data.batches import IGNORED
 from hdscale.data.tokenize import load_tokenizer
 from hdscale.errors import UserError
 from hdscale.modeling.config import CONFIG_FILE
 from hdscale.modeling.model import build_model, from_pretrained
 from hdscale.ops.precision import DTYPES
 from hdscale.resolve import resolve_model
+from hdscale.runs.folder import ADAPTER, CONFIG
 
 
 @dataclasses.dataclass
@@ -51,7 +53,7 @@ class Choice:
         if (self.run is None) == (self.model is None):
             raise UserError("give either --run DIR (a run's folder) or --model DIR_OR_HUB_ID")
         if self.run is not None:
-            for name in ("config.yaml", "adapter"):
+            for name in (CONFIG, ADAPTER):
                 if not (Path(self.run) / name).exists():
                     raise UserError(
                         f"{self.run}: no {name}; --run takes the folder of a finished run (runs/NAME), "
@@ -64,7 +66,7 @@ class Choice:
 
     def config(self, overrides: list[str] | None = None) -> Config:
         """The run's configuration, or the default one, with `key=value` over it."""
-        return load_config(Path(self.run) / "config.yaml" if self.run is not None else None, overrides)
+        return load_config(Path(self.run) / CONFIG if self.run is not None else None, overrides)
 
     def kind(self) -> str:
         """`run`, `export`, `seq2seq` or `extractive`, from configuration files alone.
@@ -115,7 +117,7 @@ class Choice:
         described = resolve_model(config)
         described.model.init_adapter = None
         model = build_model(described, dtype, device, seed=config.run.seed)
-        folder = Path(str(self.run)) / "adapter"
+        folder = Path(str(self.run)) / ADAPTER
         model.load_trainables(folder)
         return Loaded(model.eval(), tokenizer, ids_of(described.tasks), version_of(folder))
 
@@ -164,7 +166,7 @@ class Seq2Seq(nn.Module):
     ) -> Tensor:
         """Summed token log-likelihood of the labels (-100 ignored), float32 [B]."""
         logits = self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).logits
-        token = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
+        token = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         return -token.sum(dim=1)
 
 

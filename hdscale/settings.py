@@ -20,16 +20,24 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    metavar: str | None = None,
+    without_value: str | None = None,
 ) -> Any:
-    """A field of a settings class.
+    """A field of a settings class, or an option of a verb.
 
     Args:
         default: its default. Lists, dictionaries and nested settings classes are made anew for each instance.
         help: one line for `--help` and the documentation.
         at_least, above, at_most, below: bounds of a number (`None` where the field is optional is always allowed).
+        metavar, without_value: of an option: what stands for its value in `--help`, and the value of the bare option.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"help": help, "bounds": {name: value for name, value in bounds.items() if value is not None}}
+    metadata = {
+        "help": help,
+        "bounds": {name: value for name, value in bounds.items() if value is not None},
+        "metavar": metavar,
+        "without_value": without_value,
+    }
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     if dataclasses.is_dataclass(default) and isinstance(default, type):
@@ -44,24 +52,29 @@ class Settings:
         """Check every field, nested settings included. A class that overrides this calls it first.
 
         Args:
-            prefix: what stands before the fields' names in messages, such as `train.`.
+            prefix: what stands before the fields' names in messages: `train.` of a key, `--` of an option, which is
+                spelt with dashes.
 
         Raises:
             UserError: for the first value that its field does not allow: the key, the value, and what is allowed.
         """
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            key, value = f"{prefix}{field.name}", getattr(self, field.name)
+            name = field.name.replace("_", "-") if prefix == "--" else field.name
+            key, value = f"{prefix}{name}", getattr(self, field.name)
             if isinstance(value, Settings):
                 value.validate(f"{key}.")
             elif value is not None:
-                check_choice(key, value, choices(field.type))
+                for one in value if isinstance(value, list) else [value]:
+                    check_choice(key, one, choices(field.type))
                 check_bounds(key, value, field.metadata.get("bounds", {}))
 
 
 def choices(annotation: Any) -> tuple[Any, ...]:
-    """The values that a `Literal` type (or an optional one) allows; empty for other types."""
+    """The values that a `Literal` type (optional, or in a list) allows; empty for other types."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
+    if get_origin(annotation) is list:
+        return choices(get_args(annotation)[0])
     if get_origin(annotation) is Union:
         return tuple(value for part in get_args(annotation) for value in choices(part))
     return ()

@@ -170,7 +170,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         try:
             final, notes = final_evaluation(evaluate, tasks.all, state)
         except EvaluationStopped:
-            # no save: the last step's checkpoint is there, and the engine may hold the best weights by now
+            # no save: the last step's checkpoint is there, and the engine may have the best weights by now
             return preempted(log, engine.step)
         export(engine, folder.adapter)
         results = ranks.on_main(write_results, engine, config, tasks.all, final, notes, state, folder.results)

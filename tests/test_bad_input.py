@@ -27,7 +27,8 @@ def refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
     def run(*overrides: str, config: str = "configs/glue_large.yaml") -> str:
         argv = [
             "train", "--config", config,
-            f"model.name={base}", f"model.tokenizer={T5_TOKENIZER}", f"data.root={HUB}", f"data.cache={tmp_path / 'cache'}",
+            f"model.name={base}", f"model.tokenizer={T5_TOKENIZER}", f"data.root={HUB}",
+            f"data.cache={tmp_path / 'cache'}",
             f"run.dir={tmp_path / 'runs'}", *overrides,
         ]  # fmt: skip
         code = cli.main(argv)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tests.helpers.house import (
     EXCEPTIONS,
     MOST_LATE_IMPORTS,
@@ -44,3 +46,13 @@ def test_contributing_names_every_room_and_the_order() -> None:
         folder = (ROOT / PACKAGE / room).is_dir()
         assert f"`{PACKAGE}/{room}/`" in text if folder else f"`{PACKAGE}/{room}.py`" in text, room
     assert " ".join(ORDER.split()) in " ".join(text.split())
+
+
+def test_test_modules_do_not_import_one_another() -> None:
+    """What several of them need is in tests/helpers/."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if re.match(r"\s*(from|import) tests\.(?!helpers\b)", line) or re.match(r"\s*from tests import", line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert found == []

@@ -218,7 +218,8 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_launch(folder, LaunchRecord("grid", "slurm", runs, "7", "2026-01-01 00:00:00"))
     write_state(folder, 0, RunState(job="7_0", starts=2, step=40, outcome="done"))
     write_state(folder, 1, RunState(job="7_1", starts=1, outcome="failed", reason="a mistake"))
-    write_state(folder, 2, RunState(job="7_2", starts=4, stalled=4, outcome="stalled", reason="exit code 1; not requeued"))
+    stalled = RunState(job="7_2", starts=4, stalled=4, outcome="stalled", reason="exit code 1; not requeued")
+    write_state(folder, 2, stalled)
     error_file(folder, 1).write_text("rte has no test split; choose another task\n")
     log = "Traceback (most recent call last):\n  ...\ntorch.OutOfMemoryError: CUDA out of memory\n"
     log += "srun: error: Exited\n"
@@ -233,7 +234,7 @@ def test_status_shows_states_steps_and_errors(recorded: Path, capsys: pytest.Cap
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "seed=0 7_0 done 40 2" in lines
     assert "seed=1 7_1 failed - 1" in lines
-    assert "seed=2 7_2 given up - 4" in lines
+    assert "seed=2 7_2 not requeued - 4" in lines
     assert "seed=3 7_3 lost: cancelled, or its node died - -" in lines
     assert "seed=1: rte has no test split; choose another task" in lines
     assert "seed=2: torch.OutOfMemoryError: CUDA out of memory (exit code 1; not requeued)" in lines

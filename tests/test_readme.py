@@ -86,6 +86,7 @@ def test_python_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+@pytest.mark.landing
 def test_quick_start_with_the_real_launcher(tmp_path: Path) -> None:
     """The command behind `make quickstart`, a few steps of it, on two ranks."""
     command = re.search(

@@ -1,8 +1,8 @@
 """Bytes that PyTorch allocates: the peak of a piece of work, from the allocator itself.
 
-On a GPU the caching allocator counts. On a CPU nothing does, but PyTorch's profiler is told of every allocation and every
-release of the CPU allocator (tensors, gradients, temporaries inside operators, DeepSpeed's buffers); their running sum is
-what is live. Not seen: the interpreter, libraries, oneDNN's scratch memory, files mapped into memory.
+On a GPU the caching allocator counts. On a CPU nothing does, but PyTorch's profiler is told of every allocation and
+every release of the CPU allocator (tensors, gradients, temporaries inside operators, DeepSpeed's buffers); their
+running sum is what is live. Not seen: the interpreter, libraries, oneDNN's scratch memory, files mapped into memory.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """`hdscale bench curves`: the losses of a run with everything that makes it fast on, against everything off.
 
-Three short runs of one configuration see the same rows in the same order: fast, plain, and plain in float32. What the plain run
-itself changes between bfloat16 and float32 is the yardstick: fast and plain may differ by rounding, and by no more than that.
+Three short runs of one configuration see the same rows in the same order: fast, plain, and plain in float32. What the
+plain run itself changes between bfloat16 and float32 is the yardstick: fast and plain may differ by rounding, and by no
+more than that.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -15,13 +15,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from hdscale.bench.report import add_report_arguments, publish
+from hdscale.bench.options import CurvesOptions
+from hdscale.bench.report import progress, publish
+from hdscale.bench.timing import device_of
 from hdscale.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 OFF = (
     "method.backend=torch", "model.attention=eager", "train.sort_by_length=false", "train.micro_batch_size=null",
     "train.tokens_per_micro_batch=null", "train.compile=off",
@@ -31,65 +32,51 @@ TAIL = 50
 """Steps whose mean loss is compared in the end."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", default=str(REPOSITORY / "configs" / "quickstart.yaml"), help="a run without dropout"
-    )
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--tokens", type=int, default=512, help="train.tokens_per_micro_batch of the fast run")
-    parser.add_argument("--compile", choices=("on", "off"), default="on", help="train.compile of the fast run")
-    parser.add_argument("--picture", metavar="FILE", help="draw the curves: .svg, .png or .pdf")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all three runs")
-    add_report_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    if args.steps < 2 or args.tokens < 1:
-        raise UserError("--steps must be at least 2 and --tokens at least 1")
-    if not Path(args.config).is_file():
-        raise UserError(f"--config {args.config}: no such file")
-    if args.picture and Path(args.picture).suffix not in (".svg", ".png", ".pdf"):
-        raise UserError(f"--picture {args.picture}: the name must end in .svg, .png or .pdf")
+def run(options: CurvesOptions) -> None:
+    """Train three times, compare the losses, draw them."""
+    if not Path(options.config).is_file():
+        raise UserError(f"--config {options.config}: no such file")
+    if options.picture and Path(options.picture).suffix not in (".svg", ".png", ".pdf"):
+        raise UserError(f"--picture {options.picture}: the name must end in .svg, .png or .pdf")
     fast = (
-        f"train.tokens_per_micro_batch={args.tokens}",
+        f"train.tokens_per_micro_batch={options.tokens}",
         "train.sort_by_length=true",
         "method.backend=auto",
-        f"train.compile={args.compile}",
+        f"train.compile={options.compile}",
     )
     kinds = {
         "fast, bf16": ("bf16", (*fast, "model.attention=sdpa")),
         "plain, bf16": ("bf16", OFF),
         "plain, fp32": ("fp32", OFF),
     }
-    console = Console(stderr=True)
     curves: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, (dtype, settings)) in enumerate(kinds.items(), 1):
-            console.print(f"run {number} of {len(kinds)}: {name}", highlight=False)
-            curves[name] = losses(args, Path(folder), f"run{number}", dtype, settings)
+            progress(f"run {number} of {len(kinds)}: {name}")
+            curves[name] = losses(options, Path(folder), f"run{number}", dtype, settings)
     rows = compare(curves)
-    if args.picture:
-        draw(curves, args.picture)
-        console.print(f"drawn to {args.picture}", highlight=False)
+    if options.picture:
+        draw(curves, options.picture)
+        progress(f"drawn to {options.picture}")
     publish(
-        f"losses of {args.steps} steps, {Path(args.config).stem}",
+        f"losses of {options.steps} steps, {Path(options.config).stem}",
         rows,
-        args,
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        options,
+        device_of(None),
     )
-    return 0
 
 
-def losses(args: argparse.Namespace, folder: Path, name: str, dtype: str, settings: tuple[str, ...]) -> list[float]:
+def losses(options: CurvesOptions, folder: Path, name: str, dtype: str, settings: tuple[str, ...]) -> list[float]:
     """The loss of each step of a run.
 
     Raises:
         UserError: if the run fails.
     """
     command = [
-        sys.executable, "-m", "hdscale", "train", "--config", args.config, f"run.dir={folder}", f"run.name={name}",
-        f"train.max_steps={args.steps}", "train.log_every=1", f"train.dtype={dtype}", f"deepspeed=ds_configs/zero2_{dtype}.json",
-        "eval.every=0", "eval.select=last", "eval.test=false", "model.dropout=0.0", *settings, *args.overrides,
+        sys.executable, "-m", "hdscale", "train", "--config", options.config, f"run.dir={folder}", f"run.name={name}",
+        f"train.max_steps={options.steps}", "train.log_every=1", f"train.dtype={dtype}",
+        f"deepspeed=ds_configs/zero2_{dtype}.json",
+        "eval.every=0", "eval.select=last", "eval.test=false", "model.dropout=0.0", *settings, *options.overrides,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -116,9 +103,6 @@ def compare(curves: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 def draw(curves: dict[str, list[float]], path: str) -> None:
     """The curves above, their differences to the plain run in bfloat16 below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7.0, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True)

@@ -1,15 +1,14 @@
 """`hdscale bench decode`: generation with the adapters generated once, against the released manner.
 
-Three comparisons on the same rows: so many tokens for mixed rows (in batches of like length here, in the data's order there), so many
-tokens for one and the same batch, and a whole evaluation of GLUE's validation sets, task by task (sorted batches as `hdscale evaluate`
-forms them here, the data's order there). The released manner pads to the longest row, runs transformers' modules and greedy search with
-eager attention, and generates every adapter anew at each token. Each side runs in its own dtypes; both decode greedily, since the release
-states beams for summaries only.
+Three comparisons on the same rows: so many tokens for mixed rows (in batches of like length here, in the data's order
+there), so many tokens for one and the same batch, and a whole evaluation of GLUE's validation sets, task by task
+(sorted batches as `hdscale evaluate` forms them here, the data's order there). The released manner pads to the longest
+row, runs transformers' modules and greedy search with eager attention, and generates every adapter anew at each token.
+Each side runs in its own dtypes; both decode greedily, since the release states beams for summaries only.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import statistics
 from collections.abc import Callable, Sequence
@@ -19,9 +18,10 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from hdscale.bench.report import add_report_arguments, progress, publish
-from hdscale.bench.rows import EvaluationSet, add_row_arguments, check_sizes, evaluation_sets, make_rows
-from hdscale.bench.step import matmul_peak, timed
+from hdscale.bench.options import DecodeOptions
+from hdscale.bench.report import progress, publish
+from hdscale.bench.rows import EvaluationSet, check_size, evaluation_sets, make_rows
+from hdscale.bench.timing import device_of, matmul_peak, timed
 from hdscale.bench.variants import as_released, hyperdecoder_settings, released_encode
 from hdscale.data.batches import Row, collate
 from hdscale.evaluation.generation import global_batches
@@ -34,52 +34,37 @@ Jobs = list[tuple[list[list[Row]], int, int]]
 """What one side decodes: batches, most tokens, least tokens."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="t5-v1_1-small", help="built-in size of the base")
-    parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=["fp32", "bf16"], help="of both sides")
-    parser.add_argument("--batch-size", type=int, default=32, help="of both sides")
-    parser.add_argument("--tokens", type=int, default=16, help="new tokens of each mixed row")
-    parser.add_argument("--mixed-batches", type=int, default=4, help="batches of mixed rows")
-    parser.add_argument(
-        "--rows", type=int, metavar="N", help="only the first rows of each validation set; default: all"
-    )
-    parser.add_argument(
-        "--every", type=int, default=8, help="of a validation set's batches, sorted or not, one in so many is decoded"
-    )
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add_row_arguments(parser)
-    add_report_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    check_sizes(
-        args, "batch_size", "tokens", "mixed_batches", "turns", "every", *(["rows"] if args.rows is not None else [])
-    )
+def run(options: DecodeOptions) -> None:
+    """Decode with both sides in turns, and compare."""
+    check_size(options.size)
     # random weights are what is asked for here
     logging.getLogger("hdscale.bases.base").setLevel(logging.ERROR)
-    device = torch.device(args.device)
-    mixed, sets = make_rows(args, args.batch_size * args.mixed_batches), evaluation_sets(args, args.rows)
-    sides = {}
-    for dtype in args.dtypes:
-        sides[f"hdscale-{dtype}"] = build_model(hyperdecoder_settings(args.size), DTYPES[dtype], device).eval()
+    device = device_of(options.device)
+    mixed, sets = (
+        make_rows(options, options.batch_size * options.mixed_batches, options.size),
+        evaluation_sets(options, options.size, options.rows),
+    )
+    sides: dict[str, AdaptedModel] = {}
+    for dtype in options.dtypes:
+        sides[f"hdscale-{dtype}"] = build_model(hyperdecoder_settings(options.size), DTYPES[dtype], device).eval()
         # the very same weights, in the released manner
         released = build_model(
-            hyperdecoder_settings(args.size, attention="eager", backend="torch"), DTYPES[dtype], device
+            hyperdecoder_settings(options.size, attention="eager", backend="torch"), DTYPES[dtype], device
         ).eval()
         sides[f"released-{dtype}"] = as_released(released)
         if dtype == "fp32":
-            check_same_tokens(*list(sides.values())[-2:], mixed[: args.batch_size], device)
-    rows = []
-    for name, ours, theirs in comparisons(args, mixed, sets):
-        progress(f"{name}: {args.turns} turns of {', '.join(sides)}")
-        rows += compare(name, args.turns, device, sides, ours, theirs)
-    evaluated = dict(zip(("hdscale", "released"), comparisons(args, mixed, sets)[-1][1:], strict=True))
-    peaks = {dtype: matmul_peak(DTYPES[dtype], device) for dtype in args.dtypes}
+            rows_to_check = mixed[: options.batch_size]
+            check_same_tokens(sides["hdscale-fp32"], sides["released-fp32"], rows_to_check, device)
+    rows: list[dict[str, Any]] = []
+    for name, ours, theirs in comparisons(options, mixed, sets):
+        progress(f"{name}: {options.turns} turns of {', '.join(sides)}")
+        rows += compare(name, options.turns, device, sides, ours, theirs)
+    evaluated = dict(zip(("hdscale", "released"), comparisons(options, mixed, sets)[-1][1:], strict=True))
+    peaks = {dtype: matmul_peak(DTYPES[dtype], device) for dtype in options.dtypes}
     publish(
-        f"decoding, {args.size}, batches of {args.batch_size}, {args.lengths} lengths, {device.type}",
+        f"decoding, {options.size}, batches of {options.batch_size}, {options.lengths} lengths, {device.type}",
         rows,
-        args,
+        options,
         device,
         validation_rows={one.task: len(one.rows) for one in sets},
         mean_source_tokens={"whole": mean_tokens([one.rows for one in sets])}
@@ -93,20 +78,19 @@ def run(args: argparse.Namespace) -> int:
             for dtype, peak in peaks.items()
         },
     )
-    return 0
 
 
-def comparisons(args: argparse.Namespace, mixed: list[Row], sets: list[EvaluationSet]) -> list[tuple[str, Jobs, Jobs]]:
+def comparisons(options: DecodeOptions, mixed: list[Row], sets: list[EvaluationSet]) -> list[tuple[str, Jobs, Jobs]]:
     """(name, what this code decodes, what the released manner decodes)."""
-    size, tokens = args.batch_size, args.tokens
+    size, tokens = options.batch_size, options.tokens
     one = [mixed[:size]]
     return [
         (f"{len(mixed)} mixed rows, {tokens} tokens",
          [(sorted_batches(mixed, size), tokens, tokens)], [(plain_batches(mixed, size), tokens, tokens)]),
         (f"one batch, {tokens} tokens", [(one, tokens, tokens)], [(one, tokens, tokens)]),
         ("evaluation",
-         [(one_in(args.every, sorted_batches(one.rows, size)), one.most_tokens, 0) for one in sets],
-         [(one_in(args.every, plain_batches(one.rows, size)), one.most_tokens, 0) for one in sets]),
+         [(one_in(options.every, sorted_batches(one.rows, size)), one.most_tokens, 0) for one in sets],
+         [(one_in(options.every, plain_batches(one.rows, size)), one.most_tokens, 0) for one in sets]),
     ]  # fmt: skip
 
 
@@ -118,7 +102,7 @@ def one_in(every: int, batches: list[list[Row]]) -> list[list[Row]]:
 def compare(
     name: str, turns: int, device: torch.device, sides: dict[str, AdaptedModel], ours: Jobs, theirs: Jobs
 ) -> list[dict[str, Any]]:
-    """One row a side; all take turns. `x_<side>` is how many times as many rows a second as that side: the median over turns."""
+    """One row per side; the sides alternate. `x_<side>`: rows per second against that side's, the median over turns."""
 
     def work(side: str) -> Callable[[], None]:
         released = side.startswith("released")
@@ -126,18 +110,14 @@ def compare(
 
     for side, model in sides.items():
         released = side.startswith("released")
-        decode_jobs(
-            model,
-            [(batches[:1], *lengths) for batches, *lengths in (theirs if released else ours)][:1],
-            device,
-            released,
-        )
-    seconds = {side: [] for side in sides}
+        batches, most, least = (theirs if released else ours)[0]
+        decode_jobs(model, [(batches[:1], most, least)], device, released)
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(turns):
         for side in sides:
             seconds[side].append(timed(work(side), device))
-    released = [side for side in sides if side.startswith("released")]
-    counts = {side: count_rows(theirs if side in released else ours) for side in sides}
+    others = [side for side in sides if side.startswith("released")]
+    counts = {side: count_rows(theirs if side in others else ours) for side in sides}
     return [
         {
             "what": name,
@@ -146,8 +126,10 @@ def compare(
             "rows": counts[side],
             "rows/s": counts[side] / statistics.median(taken),
             **{
-                f"x_{other}": counts[side] / counts[other] * statistics.median(b / a for a, b in zip(taken, seconds[other], strict=True))
-                for other in released
+                f"x_{other}": counts[side] / counts[other] * statistics.median(
+                    b / a for a, b in zip(taken, seconds[other], strict=True)
+                )
+                for other in others
             },
         }
         for side, taken in seconds.items()
@@ -181,7 +163,7 @@ def mean_tokens(batches: list[list[Row]]) -> float:
 
 
 def encoder_flops(model: AdaptedModel, jobs: Jobs) -> float:
-    """Operations of the base encoder's linears for the real source tokens of what is decoded: a floor of any way to decode it."""
+    """Operations of the base encoder's linears for the real source tokens: no way of decoding has fewer."""
     weights = sum(module.weight.numel() for module in model.base.encoder.modules() if isinstance(module, nn.Linear))
     return 2.0 * weights * sum(len(row.input_ids) for batches, *_ in jobs for batch in batches for row in batch)
 
@@ -198,6 +180,7 @@ def decode_batches(
 ) -> list[torch.Tensor]:
     """Greedy tokens of each batch."""
     found = []
+    base: Any = model.base
     for rows in batches:
         batch = {name: tensor.to(device) for name, tensor in collate(rows, 0).items()}
         ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -206,7 +189,7 @@ def decode_batches(
             continue
         encoded = released_encode(model, ids, mask)
         found.append(
-            model.base.generate(
+            base.generate(
                 encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
                 attention_mask=mask,
                 # not `for_generation()`: the heads run again at each token

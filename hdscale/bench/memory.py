@@ -1,27 +1,26 @@
 """`hdscale bench memory`: the plan's memory against measured peaks of real training steps under DeepSpeed.
 
-On a CPU five tiny shapes, counted by the allocator's own news (`hdscale.bench.allocations`); on a GPU base and large, by the
-caching allocator. What a GPU needs besides tensors (context, libraries) is in neither number.
+On a CPU five tiny shapes, counted by the allocator's own news (`hdscale.bench.allocations`); on a GPU base and large,
+by the caching allocator. What a GPU needs besides tensors (context, libraries) is in neither number.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from hdscale.bench.allocations import mark, track_cpu
+from hdscale.bench.options import MemoryOptions
+from hdscale.bench.report import publish
 from hdscale.config import Config, load_config
 from hdscale.engine.deepspeed_engine import build_engine
 from hdscale.engine.environment import read_environment
 from hdscale.engine.ranks import Ranks
+from hdscale.errors import UserError
 from hdscale.modeling.model import build_model
 from hdscale.ops.precision import DTYPES
 from hdscale.resolve import resolve
@@ -48,13 +47,16 @@ CPU_CASES = (
     Case("labels, fp32", 48, 48, 4, ("model.name=tiny-2", "train.dtype=fp32", *SMALL)),
     Case("bf16, no dropout", 48, 48, 8, ("model.name=tiny-4", "train.dtype=bf16", "model.dropout=0.0", *SMALL)),
     Case("long source, learned adapters", 8, 160, 8, ("model.name=tiny-4", "train.dtype=bf16", "method.name=adapter")),
-    Case("recomputed, large hypernetwork", 16, 64, 16, ("model.name=tiny-4", "train.dtype=fp32", "model.activation_checkpointing=all")),
-    Case("generated adapters kept", 64, 16, 12, ("model.name=tiny-2", "train.dtype=bf16", "method.backend=torch", "method.hypernet.bottleneck=32")),
+    Case("recomputed, large hypernetwork", 16, 64, 16, ("model.name=tiny-4", "train.dtype=fp32",
+         "model.activation_checkpointing=all")),
+    Case("generated adapters kept", 64, 16, 12, ("model.name=tiny-2", "train.dtype=bf16",
+         "method.backend=torch", "method.hypernet.bottleneck=32")),
 )  # fmt: skip
 GPU_CASES = (
     Case("GLUE, base", 64, 128, 16, ("model.name=t5-v1_1-base",)),
     Case("GLUE, large", 64, 128, 16, ("model.name=t5-v1_1-large",)),
-    Case("MRQA, base", 16, 512, 64, ("model.name=t5-v1_1-base", "method.encoder.dim=512", "method.decoder.dim=36", "method.hypernet.bottleneck=72")),
+    Case("MRQA, base", 16, 512, 64, ("model.name=t5-v1_1-base", "method.encoder.dim=512",
+         "method.decoder.dim=36", "method.hypernet.bottleneck=72")),
     Case("long, large, recomputed", 32, 512, 128, ("model.name=t5-v1_1-large", "model.activation_checkpointing=all")),
 )  # fmt: skip
 
@@ -123,7 +125,7 @@ def measured(case: Case, ranks: Ranks) -> int:
 
 
 def compare(ranks: Ranks, only: str | None = None) -> list[dict[str, Any]]:
-    """Every case of the device at hand, or those whose name contains `only`: plan, measurement, error."""
+    """Every case for this device, or those whose name contains `only`: plan, measurement, error."""
     rows = []
     for case in GPU_CASES if ranks.device.type == "cuda" else CPU_CASES:
         if only and only not in case.name:
@@ -144,30 +146,14 @@ def compare(ranks: Ranks, only: str | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the benchmark."""
-    parser.add_argument("--only", metavar="WORD", help="cases whose name contains it")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def run(args: argparse.Namespace) -> int:
-    """The benchmark."""
+def run(options: MemoryOptions) -> None:
+    """Measure the cases, and compare with the plan."""
     ranks = Ranks.start(read_environment(os.environ), None)
     try:
-        rows = compare(ranks, args.only)
+        rows = compare(ranks, options.only)
     finally:
         ranks.close()
-    if args.json:
-        print(json.dumps(rows, indent=2))
-        return 0
-    table = Table(
-        title=f"memory of a training step on {ranks.device.type}: plan against measurement", title_justify="left"
-    )
-    for column in ("case", "rows x tokens", "plan, MB", "measured, MB", "error", "peak at the"):
-        table.add_column(column, justify="left" if column in ("case", "peak at the") else "right")
-    for row in rows:
-        table.add_row(
-            row["case"], row["shape"], f"{row['plan_mb']:.1f}", f"{row['measured_mb']:.1f}", f"{row['error_percent']:+.1f}%", row["moment"]
-        )  # fmt: skip
-    Console(width=max(110, Console().width)).print(table)
-    return 0
+    if not rows:
+        raise UserError(f"--only {options.only}: no case has this word in its name")
+    title = f"memory of a training step on {ranks.device.type}: plan against measurement"
+    publish(title, rows, options, ranks.device)

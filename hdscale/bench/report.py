@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib.metadata
 import json
@@ -16,19 +15,15 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from hdscale.bench.options import ReportOptions
+from hdscale.runs.machine import processor_name
+
 WIDE = 400
 """Columns enough for any table."""
 
 
-def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json", metavar="FILE", nargs="?", const="-", help="write JSON to FILE, or print it instead of the table"
-    )
-    parser.add_argument("--markdown", metavar="FILE", help="add the table, hardware, versions and command to FILE")
-
-
 def progress(text: str) -> None:
-    """Say on stderr what a long benchmark is at."""
+    """Say on stderr what a long benchmark is doing."""
     Console(stderr=True).print(text, highlight=False)
 
 
@@ -48,7 +43,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def command(arguments: list[str]) -> str:
-    """What was asked for, without where the answer goes."""
+    """The command line, without where the table is written."""
     kept, skip = ["hdscale"], False
     for argument in arguments:
         if argument in ("--json", "--markdown"):
@@ -61,25 +56,14 @@ def command(arguments: list[str]) -> str:
     return " ".join(kept)
 
 
-def processor_name() -> str:
-    """The processor as Linux names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def publish(
-    title: str, rows: list[dict[str, Any]], args: argparse.Namespace, device: torch.device, **more: Any
-) -> None:
+def publish(title: str, rows: list[dict[str, Any]], options: ReportOptions, device: torch.device, **more: Any) -> None:
     """Print a table of rows (all with the same keys) and write the JSON where it is asked for.
 
     Args:
         more: further entries of the JSON, printed as lines below the table.
     """
     result = {"title": title, "machine": machine(device), "rows": rows, **more}
-    if args.json == "-":
+    if options.json == "-":
         print(json.dumps(result, indent=1))
         return
     console = Console()
@@ -89,17 +73,17 @@ def publish(
     Console(width=max(console.width, natural_width(table))).print(table)
     for key, value in more.items():
         console.print(f"{spoken(key)}: {shown(value)}", highlight=False)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-        console.print(f"written to {args.json}", highlight=False)
-    if args.markdown:
-        with Path(args.markdown).open("a", encoding="utf-8") as stream:
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+        console.print(f"written to {options.json}", highlight=False)
+    if options.markdown:
+        with Path(options.markdown).open("a", encoding="utf-8") as stream:
             stream.write(markdown(result, more))
-        console.print(f"added to {args.markdown}", highlight=False)
+        console.print(f"added to {options.markdown}", highlight=False)
 
 
 def table_of(title: str, rows: list[dict[str, Any]]) -> Table:
-    """One line a row."""
+    """One line per row."""
     table = Table(title=title, title_justify="left")
     for index, key in enumerate(rows[0]):
         table.add_column(spoken(key), justify="left" if index == 0 else "right", no_wrap=True)
@@ -109,7 +93,7 @@ def table_of(title: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def transposed(title: str, rows: list[dict[str, Any]]) -> Table:
-    """One column a row, for narrow terminals."""
+    """One column per row, for narrow terminals."""
     first, *keys = rows[0]
     table = Table(title=title, title_justify="left")
     table.add_column(spoken(first), no_wrap=True)

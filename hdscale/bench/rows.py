@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from hdscale.bases.base import BUILT_IN, TINY_SIZES, TINY_VOCABULARY
+from hdscale.bench.options import RowOptions, fixed_lengths
 from hdscale.data.batches import Row
 from hdscale.data.mixture import Mixture
+from hdscale.data.settings import DataSettings
+from hdscale.data.tasks import expand_tasks
+from hdscale.data.tokenize import load_tokenizer, tokenized_split
 from hdscale.errors import UserError, nearest
+from hdscale.evaluation.generation import task_decoding
+from hdscale.evaluation.settings import EvalSettings
 
 # task: (training rows of Table 10, mean source tokens under T5's vocabulary); measured on the real text of each task,
-# except mrpc and stsb, for which the mean of the other pair tasks stands in
+# except mrpc and stsb, which have the mean of the other pair tasks
 GLUE_LENGTHS = {
     "cola": (8551, 17.7),
     "sst2": (66349, 21.8),
@@ -34,55 +38,27 @@ NUMBER_TOKENS = 6
 VOCABULARY = 32000
 
 
-def add_row_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--lengths",
-        default="glue",
-        help="glue (drawn like GLUE's), real (text of --data-root), or SOURCE+TARGET tokens such as 512+128",
-    )
-    parser.add_argument("--data-root", metavar="DIR", help="mirror with GLUE, for --lengths real")
-    parser.add_argument("--tokenizer", metavar="DIR", help="T5's tokenizer, for --lengths real")
-    parser.add_argument("--seed", type=int, default=0)
+def check_size(size: str, option: str = "--size") -> None:
+    """Raise UserError for a size that is not built in."""
+    if size not in BUILT_IN:
+        raise UserError(f"{option} {size}{nearest(size, BUILT_IN)}")
 
 
-def check_sizes(args: argparse.Namespace, *names: str) -> None:
-    """Raise UserError for an unknown `--size`, lengths that cannot be read, a device that is not there, and numbers below 1."""
-    if hasattr(args, "size") and args.size not in BUILT_IN:
-        raise UserError(f"--size {args.size}{nearest(args.size, BUILT_IN)}")
-    for name in names:
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    if args.lengths == "real" and not (args.data_root and args.tokenizer):
-        raise UserError("--lengths real needs --data-root DIR (a mirror with GLUE) and --tokenizer DIR")
-    if args.lengths not in ("real", "glue"):
-        fixed_lengths(args.lengths)
-    if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible; use --device cpu")
-
-
-def fixed_lengths(text: str) -> tuple[int, int]:
-    """ "512+128" as numbers of source and target tokens."""
-    source, _, target = text.partition("+")
-    if not (source.isdigit() and target.isdigit() and int(source) > 0 and int(target) > 0):
-        raise UserError(f"--lengths {text}: write glue, real, or two numbers such as 512+128")
-    return int(source), int(target)
-
-
-def make_rows(args: argparse.Namespace, count: int) -> list[Row]:
-    """`count` rows, mixed as a training run would mix them, within the vocabulary of `args.size`.
+def make_rows(options: RowOptions, count: int, size: str | None = None) -> list[Row]:
+    """`count` rows, mixed as a training run would mix them, within the vocabulary of a built-in size.
 
     Raises:
         UserError: for a length that cannot be read, or real text without a mirror and a tokenizer.
     """
-    if args.lengths == "real":
-        rows = real_mixture(args).rows(0, count)
-    elif args.lengths == "glue":
-        rows = synthetic_rows(count, args.seed)
+    if options.lengths == "real":
+        rows = real_mixture(options).rows(0, count)
+    elif options.lengths == "glue":
+        rows = synthetic_rows(count, options.seed)
     else:
-        source, target = fixed_lengths(args.lengths)
-        rng = np.random.default_rng(args.seed)
+        source, target = fixed_lengths(options.lengths)
+        rng = np.random.default_rng(options.seed)
         rows = [random_row(rng, source, target, "fixed", index) for index in range(count)]
-    return within_vocabulary(rows, getattr(args, "size", None))
+    return within_vocabulary(rows, size)
 
 
 def within_vocabulary(rows: list[Row], size: str | None) -> list[Row]:
@@ -94,22 +70,16 @@ def within_vocabulary(rows: list[Row], size: str | None) -> list[Row]:
     ]
 
 
-def real_tasks(args: argparse.Namespace) -> tuple[list[Any], Any, Any]:
+def real_tasks(options: RowOptions) -> tuple[list[Any], Any, Any]:
     """(GLUE's tasks, the tokenizer, the data settings) of a mirror."""
-    from hdscale.data.settings import DataSettings
-    from hdscale.data.tasks import expand_tasks
-    from hdscale.data.tokenize import load_tokenizer
-
-    settings = DataSettings(tasks=["glue"], root=args.data_root)
-    return expand_tasks(settings.tasks, settings), load_tokenizer(args.tokenizer), settings
+    settings = DataSettings(tasks=["glue"], root=options.data_root)
+    return expand_tasks(settings.tasks, settings), load_tokenizer(options.tokenizer), settings
 
 
-def real_mixture(args: argparse.Namespace) -> Mixture:
+def real_mixture(options: RowOptions) -> Mixture:
     """The GLUE mixture of a mirror."""
-    from hdscale.data.tokenize import tokenized_split
-
-    tasks, tokenizer, settings = real_tasks(args)
-    return Mixture([tokenized_split(task, "train", tokenizer, settings) for task in tasks], args.seed)
+    tasks, tokenizer, settings = real_tasks(options)
+    return Mixture([tokenized_split(task, "train", tokenizer, settings) for task in tasks], options.seed)
 
 
 class EvaluationSet(NamedTuple):
@@ -120,35 +90,29 @@ class EvaluationSet(NamedTuple):
     most_tokens: int
 
 
-def evaluation_sets(args: argparse.Namespace, most_rows: int | None = None) -> list[EvaluationSet]:
-    """GLUE's validation sets, or their first rows; with other lengths than real ones, sets of like sizes and lengths."""
-    if args.lengths == "real":
-        from hdscale.data.tokenize import tokenized_split
-        from hdscale.evaluation.generation import task_decoding
-        from hdscale.evaluation.settings import EvalSettings
-
-        tasks, tokenizer, settings = real_tasks(args)
+def evaluation_sets(options: RowOptions, size: str, most_rows: int | None = None) -> list[EvaluationSet]:
+    """GLUE's validation sets or their first rows; where lengths are not real, sets of similar sizes and lengths."""
+    if options.lengths == "real":
+        tasks, tokenizer, settings = real_tasks(options)
         sets = []
         for task in tasks:
             split = tokenized_split(task, "validation", tokenizer, settings)
             most = task_decoding(task, tokenizer, EvalSettings(), settings.max_target_length).max_new_tokens
             rows = [split.row(number) for number in range(min(most_rows or len(split), len(split)))]
             sets.append(
-                EvaluationSet(
-                    task.name, within_vocabulary(rows, args.size), most if task.kind == "label" else NUMBER_TOKENS
-                )
+                EvaluationSet(task.name, within_vocabulary(rows, size), most if task.kind == "label" else NUMBER_TOKENS)
             )
         return sets
     count = most_rows or SYNTHETIC_VALIDATION
-    if args.lengths != "glue":
-        return [EvaluationSet("fixed", make_rows(args, count), fixed_lengths(args.lengths)[1])]
-    rng = np.random.default_rng(args.seed)
+    if options.lengths != "glue":
+        return [EvaluationSet("fixed", make_rows(options, count, size), fixed_lengths(options.lengths)[1])]
+    rng = np.random.default_rng(options.seed)
     return [
         EvaluationSet(
             task,
             within_vocabulary(
                 [random_row(rng, source_length(rng, task), LABEL_TOKENS, task, index) for index in range(count)],
-                args.size,
+                size,
             ),
             LABEL_TOKENS,
         )

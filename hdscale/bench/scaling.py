@@ -1,13 +1,13 @@
-"""`hdscale bench scaling`: 1 and 2 real ranks under DeepSpeed here, what they say to each other, and what that predicts elsewhere.
+"""`hdscale bench scaling`: 1 and 2 real ranks under DeepSpeed, what they send, and what that predicts elsewhere.
 
-Each world is a set of processes of its own with equally many threads a rank, training the same rows twice: with the global batch fixed
-(strong scaling) and with each rank's share fixed (weak scaling). Bytes are counted where torch.distributed is called and compared with
-ZeRO-2's arithmetic. The prediction for GPUs is one: nothing of it is measured.
+Each world is a separate set of processes with equally many threads per rank, training the same rows twice: with the
+global batch fixed (strong scaling) and with each rank's share fixed (weak scaling). Bytes are counted where
+torch.distributed is called and compared with ZeRO-2's arithmetic. The prediction for GPUs is one: nothing of it is
+measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,90 +19,50 @@ from typing import Any
 
 import torch
 
-from hdscale.bases.base import BUILT_IN
-from hdscale.bench.report import add_report_arguments, progress, publish
-from hdscale.bench.rows import add_row_arguments, check_sizes
+from hdscale.bench.options import ScalingOptions
+from hdscale.bench.report import progress, publish
+from hdscale.bench.rows import check_size
 from hdscale.bench.scaling_rank import Task, task_rows
 from hdscale.bench.variants import hyperdecoder_settings, trainable_parameters
 from hdscale.engine.ranks import free_port
-from hdscale.errors import UserError, nearest
+from hdscale.errors import UserError
 from hdscale.modeling import build_model
 
 BITS = {"fp32": 4, "bf16": 2}
 PATIENCE = 1800.0
-"""Seconds after which a world is given up."""
+"""Seconds after which a measurement fails."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="t5-v1_1-small", help="built-in size that is trained here")
-    parser.add_argument("--dtype", choices=sorted(BITS), default="fp32")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="worlds that are started")
-    parser.add_argument(
-        "--global-batch-size",
-        type=int,
-        default=32,
-        help="of the strong scaling; also each rank's share of the weak one",
-    )
-    parser.add_argument("--micro-batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of each rank")
-    guess = parser.add_argument_group("the prediction's assumptions")
-    guess.add_argument("--predict-size", default="t5-v1_1-large", help="built-in size")
-    guess.add_argument("--predict-batch", type=int, default=16, help="rows of each GPU")
-    guess.add_argument("--predict-tokens", type=int, default=48, help="source tokens of a row, as GLUE's mean")
-    guess.add_argument("--tflops", type=float, default=300.0, help="that a GPU reaches in bf16")
-    guess.add_argument(
-        "--nvlink", type=float, default=200.0, metavar="GB/S", help="of each GPU to the others of its node"
-    )
-    guess.add_argument("--infiniband", type=float, default=25.0, metavar="GB/S", help="of each node to the others")
-    guess.add_argument("--latency", type=float, default=30.0, metavar="MICROSECONDS", help="of one collective")
-    add_row_arguments(parser)
-    add_report_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    check(args)
-    measured = []
-    for ranks in args.ranks:
+def run(options: ScalingOptions) -> None:
+    """Train with each number of ranks, count what they send, and predict other machines."""
+    check_size(options.size)
+    check_size(options.predict_size, "--predict-size")
+    measured: list[dict[str, Any]] = []
+    for ranks in options.ranks:
         for kind, batch in (
-            ("fixed global batch", args.global_batch_size),
-            ("fixed share", args.global_batch_size * ranks),
+            ("fixed global batch", options.global_batch_size),
+            ("fixed share", options.global_batch_size * ranks),
         ):
-            if ranks == args.ranks[0] and kind == "fixed share" and batch == args.global_batch_size:
+            if ranks == options.ranks[0] and kind == "fixed share" and batch == options.global_batch_size:
                 measured.append(measured[-1] | {"what": kind})
                 continue
-            progress(f"{ranks} ranks, {kind}: {args.steps} steps of {batch} rows")
-            measured.append({"what": kind} | world(args, ranks, batch))
+            progress(f"{ranks} ranks, {kind}: {options.steps} steps of {batch} rows")
+            measured.append({"what": kind} | world(options, ranks, batch))
     heard = max(measured, key=lambda row: row["ranks"])
     publish(
-        f"scaling, {args.size}, {args.dtype}, {args.lengths} lengths, {args.threads} threads a rank, ZeRO-2 on cpu",
+        f"scaling, {options.size}, {options.dtype}, {options.lengths} lengths, {options.threads} threads per rank, "
+        "ZeRO-2 on cpu",
         table(measured),
-        args,
+        options,
         torch.device("cpu"),
-        bytes_of_a_step_and_rank=heard["bytes"],
-        collectives_of_a_step_and_rank=heard["calls"],
-        by_arithmetic=arithmetic(heard, args),
-        predicted_not_measured=predictions(args),
+        bytes_per_step_and_rank=heard["bytes"],
+        collectives_per_step_and_rank=heard["calls"],
+        by_arithmetic=arithmetic(heard, options),
+        predicted_not_measured=predictions(options),
     )
-    return 0
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise UserError for what cannot be measured or predicted with."""
-    check_sizes(args, "global_batch_size", "micro_batch_size", "steps", "threads", "predict_batch", "predict_tokens")
-    if args.predict_size not in BUILT_IN:
-        raise UserError(f"--predict-size {args.predict_size}{nearest(args.predict_size, BUILT_IN)}")
-    for name in ("tflops", "nvlink", "infiniband"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name} {getattr(args, name)} must be above 0")
-    if args.latency < 0:
-        raise UserError(f"--latency {args.latency} must be at least 0")
-    for ranks in args.ranks:
-        if ranks < 1 or args.global_batch_size % ranks:
-            raise UserError(f"--ranks {ranks}: --global-batch-size {args.global_batch_size} must be a multiple of it")
-
-
-def world(args: argparse.Namespace, ranks: int, batch: int) -> dict[str, Any]:
+def world(options: ScalingOptions, ranks: int, batch: int) -> dict[str, Any]:
     """Train in so many processes; what the first rank measured.
 
     Raises:
@@ -110,11 +70,11 @@ def world(args: argparse.Namespace, ranks: int, batch: int) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        task = Task(args.size, args.dtype, batch, args.micro_batch_size, args.steps, args.threads)
-        rows = [[row.input_ids, row.labels] for row in task_rows(args, task)]
+        task = Task(options.size, options.dtype, batch, options.micro_batch_size, options.steps, options.threads)
+        rows = [[row.input_ids, row.labels] for row in task_rows(options, task)]
         (place / "task.json").write_text(json.dumps({"task": task._asdict(), "rows": rows}))
         port, began = free_port(), time.monotonic()
-        processes = [started(place, rank, ranks, port, args.threads) for rank in range(ranks)]
+        processes = [started(place, rank, ranks, port, options.threads) for rank in range(ranks)]
         try:
             # a rank that fails leaves the others waiting for it
             while any(process.poll() is None for process in processes) and not any(
@@ -153,7 +113,7 @@ def started(place: Path, rank: int, ranks: int, port: int, threads: int) -> subp
 
 
 def table(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a world; efficiency is samples a second of each rank against those of the smallest world of its kind."""
+    """One row per world size; efficiency is each rank's samples per second against the smallest world of its kind."""
     rows = []
     for one in measured:
         first = next(other for other in measured if other["what"] == one["what"])
@@ -173,10 +133,10 @@ def table(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def arithmetic(heard: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def arithmetic(heard: dict[str, Any], options: ScalingOptions) -> dict[str, Any]:
     """ZeRO-2's own: every micro-batch's gradients are reduced in fp32, the updated weights are gathered once."""
     trainable, micro_batches = heard["trainable"], heard["micro_batches"]
-    expected = trainable * (4 * micro_batches + BITS[args.dtype])
+    expected = trainable * (4 * micro_batches + BITS[options.dtype])
     counted = sum(heard["bytes"].values())
     return {
         "trainable": trainable,
@@ -186,38 +146,40 @@ def arithmetic(heard: dict[str, Any], args: argparse.Namespace) -> dict[str, Any
     }
 
 
-def predictions(args: argparse.Namespace) -> list[dict[str, Any]]:
+def predictions(options: ScalingOptions) -> list[dict[str, Any]]:
     """What 8 GPUs of a node and 8 nodes would lose to communication, none of it hidden behind computation.
 
-    Gradients are all-reduced in float32, as is counted here, and weights gathered in bfloat16: a ring sends 2 (W-1)/W of the ones and
-    (W-1)/W of the others from each rank. Computing is four operations for each weight of the frozen base and token (forward, and
-    backward to its input).
+    Gradients are all-reduced in float32, as is counted here, and weights gathered in bfloat16: a ring sends 2 (W-1)/W
+    of the ones and (W-1)/W of the others from each rank. Computing is four operations for each weight of the frozen
+    base and token (forward, and backward to its input).
     """
-    config = hyperdecoder_settings(args.predict_size)
+    config = hyperdecoder_settings(options.predict_size)
     model = build_model(config, device="meta")
     trainable = trainable_parameters(model)
     encoder, decoder = (
         sum(p.numel() for p in stack.parameters()) for stack in (model.base.encoder.block, model.base.decoder.block)
     )
     operations = (
-        4.0 * args.predict_batch * (args.predict_tokens * encoder + 2 * (decoder + model.base.lm_head.weight.numel()))
+        4.0
+        * options.predict_batch
+        * (options.predict_tokens * encoder + 2 * (decoder + model.base.lm_head.weight.numel()))
     )
-    computing = operations / (args.tflops * 1e12)
+    computing = operations / (options.tflops * 1e12)
     found = []
     for name, ranks, bandwidth in (
-        ("8 GPUs, NVLink", 8, args.nvlink),
-        ("8 nodes of one GPU, InfiniBand", 8, args.infiniband),
+        ("8 GPUs, NVLink", 8, options.nvlink),
+        ("8 nodes of one GPU, InfiniBand", 8, options.infiniband),
     ):
         moved = (ranks - 1) / ranks * trainable * (2 * 4 + 2)
-        speaking = moved / (bandwidth * 1e9) + 2 * args.latency * 1e-6
+        speaking = moved / (bandwidth * 1e9) + 2 * options.latency * 1e-6
         found.append(
             {
                 "on": name,
-                "model": args.predict_size,
+                "model": options.predict_size,
                 "trainable": trainable,
                 "assumed GB/s": bandwidth,
-                "assumed TFLOP/s": args.tflops,
-                "MB a step and rank": moved / 1e6,
+                "assumed TFLOP/s": options.tflops,
+                "MB per step and rank": moved / 1e6,
                 "ms computing": 1000 * computing,
                 "ms communicating": 1000 * speaking,
                 "efficiency": computing / (computing + speaking),

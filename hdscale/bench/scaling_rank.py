@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from hdscale.bench.options import RowOptions
 from hdscale.bench.rows import make_rows
 from hdscale.config import load_config
 from hdscale.data.batches import Row, collate
@@ -45,13 +45,13 @@ class Task(NamedTuple):
     threads: int
 
 
-def task_rows(args: argparse.Namespace, task: Task) -> list[Row]:
+def task_rows(options: RowOptions, task: Task) -> list[Row]:
     """The rows of all steps."""
-    return make_rows(args, task.batch * (task.steps + 1))
+    return make_rows(options, task.batch * (task.steps + 1), task.size)
 
 
 class Heard:
-    """Counts the bytes of tensors that are handed to torch.distributed's collectives, by collective.
+    """Counts the bytes of tensors that torch.distributed's collectives get, by collective.
 
     A collective's payload is its larger side: what is reduced or broadcast, or what a gather puts together.
     """
@@ -62,7 +62,7 @@ class Heard:
         self._inside = False
 
     def listen(self) -> None:
-        """Stand between torch.distributed and whoever calls it, in this process and for good."""
+        """Wrap torch.distributed's functions, in this process and for good."""
         for name in COLLECTIVES:
             if hasattr(dist, name):
                 setattr(dist, name, self._counting(name, getattr(dist, name)))
@@ -105,9 +105,9 @@ def measure(ranks: Ranks, task: Task, rows: list[tuple[list[int], list[int]]], h
     config = load_config(
         None,
         [
-            f"model.name={task.size}", "data.tasks=[quickstart]", f"train.global_batch_size={task.batch}", f"train.dtype={task.dtype}",
-            f"deepspeed=ds_configs/zero2_{task.dtype}.json", "method.encoder.dim=64", "method.decoder.dim=64",
-            "method.hypernet.bottleneck=128",
+            f"model.name={task.size}", "data.tasks=[quickstart]", f"train.global_batch_size={task.batch}",
+            f"train.dtype={task.dtype}", f"deepspeed=ds_configs/zero2_{task.dtype}.json",
+            "method.encoder.dim=64", "method.decoder.dim=64", "method.hypernet.bottleneck=128",
         ],
     )  # fmt: skip
     resolved = resolve(config, ranks.world_size)
@@ -116,9 +116,8 @@ def measure(ranks: Ranks, task: Task, rows: list[tuple[list[int], list[int]]], h
     engine = build_engine(model, config.train, resolved.deepspeed, ranks, config.run.seed)
     seconds, said, calls = [], {}, {}
     for step in range(task.steps + 1):
-        parts = deal(mixed[step * task.batch : (step + 1) * task.batch], ranks.world_size, task.micro_batch_size)[
-            ranks.rank
-        ]
+        rows_of_step = mixed[step * task.batch : (step + 1) * task.batch]
+        parts = deal(rows_of_step, ranks.world_size, task.micro_batch_size)[ranks.rank]
         batches = [collate(part, 0) for part in parts]
         ranks.barrier()
         heard.forget()

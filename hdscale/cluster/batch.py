@@ -1,4 +1,4 @@
-"""What is recorded when a job starts and ends, and whether it is put back into the queue.
+"""What is recorded when a job starts and ends, and whether it is requeued.
 
 `python -m hdscale.cluster.batch` is the command of batch shells (`hdscale/commands/batch.py`). It imports no torch: it
 runs while a grace period ends.
@@ -21,7 +21,7 @@ from hdscale.cluster.records import (
 from hdscale.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 RUNNING_STATES = ("RUNNING", "UNKNOWN")
-"""States in which nobody has ended the job from outside (scancel, scontrol requeue, a time limit …)."""
+"""States in which SLURM has not ended the job (by scancel, scontrol requeue, a time limit …)."""
 
 
 def note_start(folder: Path, index: int, run: RunEntry, job: str, log: str) -> None:

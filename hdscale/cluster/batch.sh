@@ -2,7 +2,7 @@
 # Runs in the batch shell, on the first node of the job. The ranks are started by srun; this file prepares the
 # environment that they inherit and decides, when they have ended, whether the job goes back into the queue.
 
-# srun (SLURM >= 22.05) does not inherit sbatch's --cpus-per-task by itself
+# srun (SLURM >= 22.05) does not inherit sbatch's --cpus-per-task
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # compute nodes seldom reach the internet, and a hub that does not answer is waited for: `hdscale prepare` first

@@ -61,7 +61,7 @@ def check_slurm(cluster: ClusterSettings) -> None:
         "cpus_per_task": (
             cluster.cpus_per_task * cluster.ranks_per_node,
             partition.cpus,
-            f"{cluster.ranks_per_node} ranks a node with {cluster.cpus_per_task} cores each are more than "
+            f"{cluster.ranks_per_node} ranks per node with {cluster.cpus_per_task} cores each are more than "
             f"the {partition.cpus} cores of a node of partition {partition.name}",
         ),
     }

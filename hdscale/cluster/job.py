@@ -61,7 +61,7 @@ class TrainingJob:
     def command(self, folder: Path, record: LaunchRecord) -> list[str]:
         """The command line of a rank."""
         fresh = ["--fresh"] if self.fresh and read_state(folder, self.index).starts <= 1 else []
-        # -P: the package is that of PYTHONPATH, not one that happens to lie in the working folder
+        # -P: the package is that of PYTHONPATH, not one in the working folder
         return [sys.executable, "-P", "-m", "hdscale", "train", "--config", record.runs[self.index].config, *fresh]
 
     def noted(self, folder: Path, record: LaunchRecord, executor: str) -> int:

@@ -63,7 +63,7 @@ class RunState:
         stalled: ends in a row without a newer checkpoint.
         step: step of the newest checkpoint at the last end; -1: none.
         code: exit code of the ranks at the last end.
-        outcome: running, again (requeued by itself), left (ended or requeued by SLURM), done, failed or
+        outcome: running, again (requeued by hdscale), left (ended or requeued by SLURM), done, failed or
             stalled.
         reason: the outcome in words.
         time: when this was written, UTC.

@@ -24,6 +24,7 @@ from hdscale.cluster.records import (
     read_state,
 )
 from hdscale.errors import UserError
+from hdscale.runs.folder import RESULTS
 
 ENDED = (
     "COMPLETED",
@@ -41,7 +42,7 @@ OUTCOMES = {
     "left": "ended by SLURM",
     "done": "done",
     "failed": "failed",
-    "stalled": "given up",
+    "stalled": "not requeued",
 }
 
 
@@ -58,7 +59,7 @@ def show_launches(run_dir: str) -> int:
 
 
 def show_status(run_dir: str, name: str) -> int:
-    """A table with a line a run; below it, the errors of those that failed."""
+    """A table with one line per run; below it, the errors of those that failed."""
     folder = launch_folder(run_dir, name)
     record = read_launch(folder)
     known = known_jobs(record)
@@ -94,7 +95,7 @@ def describe(record: LaunchRecord, index: int, run: RunEntry, state: RunState, k
         return OUTCOMES[state.outcome]
     if now and now not in ("completed", "failed"):
         return now
-    if (Path(run.folder) / "results.json").exists():
+    if (Path(run.folder) / RESULTS).exists():
         return "done"
     if state.outcome in OUTCOMES:
         return OUTCOMES[state.outcome]
@@ -111,7 +112,7 @@ def known_jobs(record: LaunchRecord) -> dict[str, str]:
     if record.executor in ("slurm", "sbatch"):
         if not shutil.which("squeue") or not record.job:
             return {}
-        # --array: one line a job of an array, also where it has not started
+        # --array: one line per job of an array, also before it has started
         command = [
             "squeue",
             "--noheader",

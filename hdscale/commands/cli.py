@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, (module_name, help_line) in VERBS.items():
         sub = verbs.add_parser(name, help=help_line, description=help_line, allow_abbrev=False)
         if name == wanted:
-            # only the verb at hand is imported: `hdscale --help` must not wait for torch
+            # only the verb that is run is imported: `hdscale --help` must not wait for torch
             module = importlib.import_module(module_name)
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)

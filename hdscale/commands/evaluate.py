@@ -1,6 +1,6 @@
 """`hdscale evaluate`: evaluate a run, an export, any seq2seq checkpoint, or an extractive-QA checkpoint on MRQA.
 
-One process, or one per rank under `srun` (not `torchrun`, which reads `--run` as an option of its own). What is decoded
+One process, or one per rank under `srun` (not `torchrun`, which would take `--run` for its own option). What is decoded
 stays in the output folder: after an interruption the same command resumes.
 """
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 IGNORED = -100
 """Label of padding: left out of the loss."""
@@ -27,8 +25,6 @@ class Row(NamedTuple):
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     """Rows of numbers as one int64 tensor [B, longest], shorter rows filled up with `value` on the right."""
-    import torch
-
     filled = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
     # row by row: one list of lists takes torch ten times as long
     for place, row in zip(filled, rows, strict=True):
@@ -47,10 +43,9 @@ def collate(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> dict[str, to
 
     Returns:
         int64 tensors `input_ids` [B, S], `attention_mask` [B, S], `labels` [B, T] (-100 is padding),
-        `task_ids` [B], and where what counts stands, so that no device has to be asked for it: `source_positions` [L], of the
-        L source tokens among the B * S, and `target_positions` [M], of the M labels among the B * T.
+        `task_ids` [B], and where what counts stands, so that no device has to be asked for it: `source_positions` [L],
+        of the L source tokens among the B * S, and `target_positions` [M], of the M labels among the B * T.
     """
-    import torch
 
     def padded(sequences: list[list[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, where they are)."""

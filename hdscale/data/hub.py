@@ -9,12 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
 from hdscale.data.settings import DataSettings
-from hdscale.data.tasks.task import Task
-from hdscale.errors import UserError
+from hdscale.data.task import Task
+from hdscale.errors import UserError, one_line
 
 CONVERTED = "refs/convert/parquet"
-"""The hub's own conversion of data sets whose main branch holds no parquet."""
+"""The hub's own conversion of data sets whose main branch has no parquet files."""
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
@@ -40,7 +51,7 @@ def split_paths(task: Task, origin: str, settings: DataSettings) -> list[Path]:
         return [download(remote, name) for name in remote.names]
     root = Path(settings.root)
     if not root.is_dir():
-        raise UserError(f"data.root={settings.root} is no folder; `hdscale prepare --config F --to DIR` fills one")
+        raise UserError(f"data.root={settings.root} is not a folder; `hdscale prepare --config F --to DIR` fills one")
     folder = root / str(task.repo)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")) if folder.is_dir() else []
     found = match(names, task.configs, origin)
@@ -83,9 +94,6 @@ def find_on_hub(task: Task, origin: str, settings: DataSettings) -> RemoteFiles:
 def listing(repo: str, revision: str) -> tuple[str, tuple[str, ...]]:
     """(commit, file names) of a hub data set; of the local cache's snapshot where the hub cannot be
     reached."""
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     try:
         info = repo_info(repo, revision, "dataset")
         return str(info.sha), tuple(sorted(sibling.rfilename for sibling in info.siblings or []))
@@ -97,9 +105,8 @@ def listing(repo: str, revision: str) -> tuple[str, tuple[str, ...]]:
         )
     except (LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"hub data set {repo} is neither reachable ({reason}) nor in the local cache; run `hdscale "
-            "prepare --config F "
-            "--to DIR` on a machine with internet, then set data.root=DIR"
+            f"hub data set {repo} is neither reachable ({reason}) nor in the local cache; run "
+            "`hdscale prepare --config F --to DIR` on a machine with internet, then set data.root=DIR"
         ) from error
     return folder.name, tuple(
         sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -120,16 +127,6 @@ def repo_info(repo: str, revision: str, kind: str, sizes: bool = False) -> Any:
         UserError: no such repository or revision, or no access to it.
         UnreachableError: the hub does not answer.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     what = "data set" if kind == "dataset" else kind
     try:
         return huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=sizes)
@@ -144,28 +141,25 @@ def repo_info(repo: str, revision: str, kind: str, sizes: bool = False) -> Any:
     except RepositoryNotFoundError as error:
         raise UserError(f"there is no hub {what} '{repo}' (or it is private: log in by `hf auth login`)") from error
     except HFValidationError as error:
-        raise UserError(f"'{repo}' is no name of a hub {what}: {one_line(error)}") from error
+        raise UserError(f"'{repo}' is not a name of a hub {what}: {short(error)}") from error
     except OfflineModeIsEnabled as error:
         raise UnreachableError("HF_HUB_OFFLINE is set") from error
     except (HfHubHTTPError, OSError) as error:
-        raise UnreachableError(one_line(error)) from error
+        raise UnreachableError(short(error)) from error
     except Exception as error:  # the hub client's transport has its own hierarchy of network errors
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise
-        raise UnreachableError(one_line(error)) from error
+        raise UnreachableError(short(error)) from error
 
 
 def download(remote: RemoteFiles, name: str) -> Path:
     """The local path of a hub file, fetched into the hub client's cache if it is not there."""
-    import huggingface_hub
-
     try:
         return Path(huggingface_hub.hf_hub_download(remote.repo, name, repo_type="dataset", revision=remote.revision))
     except Exception as error:
         raise UserError(
-            f"{name} of hub data set {remote.repo}@{remote.revision} cannot be fetched: {one_line(error)}; "
-            "run `hdscale "
-            "prepare --config F --to DIR` on a machine with internet, then set data.root=DIR"
+            f"{name} of hub data set {remote.repo}@{remote.revision} cannot be fetched: {short(error)}; "
+            "run `hdscale prepare --config F --to DIR` on a machine with internet, then set data.root=DIR"
         ) from error
 
 
@@ -209,7 +203,7 @@ def whole(names: list[str], place: str) -> list[str]:
 def have(names: list[str] | tuple[str, ...]) -> str:
     """What is there instead, for an error message."""
     if not names:
-        return "; no parquet file is there"
+        return "; there is no parquet file"
     shown = ", ".join(names[:4])
     return f"; there: {shown}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
 
@@ -219,6 +213,6 @@ def remedy(settings: DataSettings) -> str:
     return f"fill the mirror with `hdscale prepare --config F --to {settings.root}`"
 
 
-def one_line(error: Exception) -> str:
-    """An exception's message without line breaks, cut to a readable length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def short(error: Exception) -> str:
+    """An exception's message in one line of readable length."""
+    return one_line(error)[:200] or type(error).__name__

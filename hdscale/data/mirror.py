@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,11 +21,12 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from tqdm import tqdm
 
 from hdscale import __version__
-from hdscale.data.checksums import sha256
-from hdscale.data.hub import UnreachableError, one_line, repo_info
+from hdscale.data.hub import UnreachableError, repo_info, short
 from hdscale.errors import UserError
+from hdscale.files import sha256, write_text
 
 MANIFEST = "hdscale_manifest.json"
 FORMAT = 1
@@ -51,8 +53,8 @@ class Wanted:
 
 
 class Mirror:
-    """A mirror being filled. Each file is recorded as soon as it is whole, so that a broken run goes on where
-    it stopped.
+    """A mirror being filled. Each file is recorded as soon as it is complete, so that an interrupted run
+    resumes where it stopped.
 
     Args:
         folder: made if it is not there.
@@ -79,16 +81,13 @@ class Mirror:
                 if found.get("format") != FORMAT:
                     raise UserError(f"{path}: written by another version of hdscale; name a new folder")
             except (json.JSONDecodeError, AttributeError) as error:
-                raise UserError(f"{path}: damaged ({error}); remove it: whole files will be found again") from error
+                raise UserError(f"{path}: damaged ({error}); remove it: complete files will be found again") from error
             self.manifest |= found
         self.manifest["hdscale"] = __version__
 
     def save(self) -> None:
         """Write the manifest, whole or not at all."""
-        path = self.folder / MANIFEST
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, path)
+        write_text(self.folder / MANIFEST, json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")
 
     def has(self, wanted: Wanted, verify: bool) -> bool:
         """Whether the file is here, as recorded; `verify` reads it all."""
@@ -135,11 +134,9 @@ class Mirror:
 
     def fetch_one(self, file: Wanted, progress: Progress, bar: TaskID) -> None:
         """Fetch a file, check it and record it."""
-        import huggingface_hub
-        from tqdm import tqdm
 
         class Bar(tqdm):
-            """The hub client's own bar, made to move ours."""
+            """Passes the hub client's progress on to this one's bar."""
 
             def __init__(self, *args: Any, **options: Any) -> None:
                 options.pop("name", None)
@@ -161,19 +158,13 @@ class Mirror:
                     tqdm_class=Bar,
                 )
             )
-        except OSError as error:
-            raise UserError(
-                f"{file.name} of {file.repo}@{file.revision} cannot be fetched ({one_line(error)}); run the "
-                "same command again: "
-                "what is whole stays"
-            ) from error
         except Exception as error:
-            if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")):
+            network = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
+            if not isinstance(error, OSError) and not type(error).__module__.startswith(network):
                 raise
             raise UserError(
-                f"{file.name} of {file.repo}@{file.revision} cannot be fetched ({one_line(error)}); run the "
-                "same command again: "
-                "what is whole stays"
+                f"{file.name} of {file.repo}@{file.revision} cannot be fetched ({short(error)}); run the same command "
+                "again: complete files are kept"
             ) from error
         found = sha256(path)
         if file.checksum and found != file.checksum:
@@ -182,7 +173,7 @@ class Mirror:
         self.record(file.path, found, repo=file.repo, revision=file.revision, commit=file.commit)
 
     def record(self, name: str, checksum: str, **facts: Any) -> None:
-        """Note a whole file in the manifest."""
+        """Record a complete file in the manifest."""
         size = (self.folder / name).stat().st_size
         self.manifest["files"][name] = {"size": size, "sha256": checksum, **facts}
         self.save()

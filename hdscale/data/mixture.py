@@ -35,7 +35,7 @@ class Mixture:
             temperature, with replacement).
 
     Raises:
-        UserError: no rows, or a temperature or fraction out of range.
+        UserError: if there is no training set, or an empty one.
     """
 
     def __init__(

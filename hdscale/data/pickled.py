@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import save_torch_state_dict
+
 from hdscale.errors import UserError
 
 SHARD_SIZE = "2GB"
@@ -28,8 +31,6 @@ def convert_pickled(folder: Path, names: Sequence[str]) -> list[str]:
     Raises:
         UserError: a file holds anything but tensors by name, or there is no room.
     """
-    from huggingface_hub import save_torch_state_dict
-
     tensors: dict[str, Any] = {}
     for name in names:
         tensors |= read_tensors(folder / name)
@@ -53,8 +54,6 @@ def convert_pickled(folder: Path, names: Sequence[str]) -> list[str]:
 
 def read_tensors(path: Path) -> dict[str, Any]:
     """{name: tensor} of a pickled state dict."""
-    import torch
-
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

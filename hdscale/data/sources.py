@@ -1,27 +1,21 @@
-"""From a task and a split to examples.
-
-A task names the module that reads it (`Task.reader`). Such a module offers
-`identity(task, split, settings) -> list[str]`, what determines the examples besides the declaration
-(checksums of files); `check(task, split, settings)`, which raises UserError cheaply if the data cannot be
-there; `size(task, split, settings) -> int`, the rows as the paper counts them;
-`examples(task, split, settings, tokenizer) -> Iterator[Example]`, in a fixed order and bounded memory.
-"""
+"""From a task and a split to examples, by the task's reader."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 from hdscale.data.settings import DataSettings
-from hdscale.data.tasks.task import SPLITS, Example, Task
+from hdscale.data.tables import TableReader
+from hdscale.data.task import SPLITS, Example, Reader, Task
 from hdscale.errors import UserError
 
+TABLES = TableReader()
 
-def reader(task: Task) -> ModuleType:
-    """The module that reads a task's data."""
-    return importlib.import_module(task.reader)
+
+def reader(task: Task) -> Reader:
+    """What reads a task's data."""
+    return task.reader or TABLES
 
 
 def load_split(task: Task, split: str, settings: DataSettings, tokenizer: Any = None) -> Iterator[Example]:

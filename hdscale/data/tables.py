@@ -6,18 +6,19 @@ import csv
 import gzip
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hdscale.data import hub
-from hdscale.data.checksums import file_checksum
 from hdscale.data.settings import DataSettings
-from hdscale.data.tasks.task import Example, Task
-from hdscale.errors import UserError, nearest
+from hdscale.data.task import Example, Task
+from hdscale.errors import UserError, nearest, one_line
+from hdscale.files import cache_folder, remembered_sha256
 
 BATCH_ROWS = 4096
 csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than some documents
@@ -41,61 +42,67 @@ def paths_of(task: Task, origin: str, settings: DataSettings) -> list[Path]:
     return paths
 
 
-def identity(task: Task, split: str, settings: DataSettings) -> list[str]:
-    """Checksums of the split's files, in order: together with the declaration they determine its examples."""
-    groups = origin_paths(task, split, settings)
-    return [f"{origin} {file_checksum(path, settings)}" for origin, paths in groups.items() for path in paths]
+@dataclass(frozen=True)
+class TableReader:
+    """Reads tasks whose data are tables."""
 
+    name: ClassVar[str] = "hdscale.data.tables"
+    chunked: ClassVar[bool] = False
 
-def check(task: Task, split: str, settings: DataSettings) -> None:
-    """Raise UserError, naming file and column, if a file of the split is missing, unreadable, or lacks a
-    column."""
-    for paths in origin_paths(task, split, settings).values():
-        for path in paths:
-            known = column_names(path, task)
-            for column in task.columns() if known is not None else []:
-                if column not in known:
-                    raise UserError(
-                        f"{path}: no column '{column}', which task {task.name} reads{nearest(column, known)}"
-                    )
+    def identity(self, task: Task, split: str, settings: DataSettings) -> list[str]:
+        """Checksums of the split's files, in order: together with the declaration they determine its examples."""
+        groups, cache = origin_paths(task, split, settings), cache_folder(settings.cache)
+        return [f"{origin} {remembered_sha256(path, cache)}" for origin, paths in groups.items() for path in paths]
 
+    def check(self, task: Task, split: str, settings: DataSettings) -> None:
+        """Raise UserError, naming file and column, if a file of the split is missing, unreadable, or lacks a
+        column."""
+        for paths in origin_paths(task, split, settings).values():
+            for path in paths:
+                known = column_names(path, task)
+                if known is None:
+                    continue
+                for column in task.columns():
+                    if column not in known:
+                        raise UserError(
+                            f"{path}: no column '{column}', which task {task.name} reads{nearest(column, known)}"
+                        )
 
-def size(task: Task, split: str, settings: DataSettings) -> int:
-    """Rows of the split."""
-    groups = origin_paths(task, split, settings)
-    return task.splits[split].size(sum(count_rows(path, task) for paths in groups.values() for path in paths))
+    def size(self, task: Task, split: str, settings: DataSettings) -> int:
+        """Rows of the split."""
+        groups = origin_paths(task, split, settings)
+        return task.splits[split].size(sum(count_rows(path, task) for paths in groups.values() for path in paths))
 
+    def examples(self, task: Task, split: str, settings: DataSettings, tokenizer: Any = None) -> Iterator[Example]:
+        """The split's examples, in the order of the files; reads them in bounded memory.
 
-def examples(task: Task, split: str, settings: DataSettings, tokenizer: Any = None) -> Iterator[Example]:
-    """The split's examples, in the order of the files; reads them in bounded memory.
-
-    Raises:
-        UserError: naming file, row or line, and column, at the first row that cannot be used.
-    """
-    check(task, split, settings)
-    groups = origin_paths(task, split, settings)
-    counts = {origin: [count_rows(path, task) for path in paths] for origin, paths in groups.items()}
-    total = sum(sum(numbers) for numbers in counts.values())
-    if total == 0:
-        raise UserError(f"{next(iter(groups.values()))[0]}: no rows (split '{split}' of task {task.name})")
-    chosen = task.splits[split].select(total)
-    keep = np.ones(total, dtype=bool)
-    if chosen is not None:
-        keep[:] = False
-        keep[chosen] = True
-    seen: dict[str, str] = {}
-    position = 0
-    for origin, paths in groups.items():
-        row_of_origin = 0
-        for path in paths:
-            for where, row in iter_rows(path, task):
-                if keep[position]:
-                    example = task.example(row, id=f"{origin}-{row_of_origin}", where=where)
-                    if task.id is not None:
-                        check_unique(example, where, seen, task)
-                    yield example
-                position += 1
-                row_of_origin += 1
+        Raises:
+            UserError: naming file, row or line, and column, at the first row that cannot be used.
+        """
+        self.check(task, split, settings)
+        groups = origin_paths(task, split, settings)
+        counts = {origin: [count_rows(path, task) for path in paths] for origin, paths in groups.items()}
+        total = sum(sum(numbers) for numbers in counts.values())
+        if total == 0:
+            raise UserError(f"{next(iter(groups.values()))[0]}: no rows (split '{split}' of task {task.name})")
+        chosen = task.splits[split].select(total)
+        keep = np.ones(total, dtype=bool)
+        if chosen is not None:
+            keep[:] = False
+            keep[chosen] = True
+        seen: dict[str, str] = {}
+        position = 0
+        for origin, paths in groups.items():
+            row_of_origin = 0
+            for path in paths:
+                for where, row in iter_rows(path, task):
+                    if keep[position]:
+                        example = task.example(row, id=f"{origin}-{row_of_origin}", where=where)
+                        if task.id is not None:
+                            check_unique(example, where, seen, task)
+                        yield example
+                    position += 1
+                    row_of_origin += 1
 
 
 def check_unique(example: Example, where: str, seen: dict[str, str], task: Task) -> None:
@@ -158,15 +165,15 @@ def check_unicode(row: Mapping[str, Any], where: str) -> None:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
-        raise UserError(f"{where}: {half} is half a character (a lone surrogate); mend or remove the row") from error
+        raise UserError(f"{where}: {half} is half a character (a lone surrogate); correct or remove the row") from error
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """A parquet file; a damaged one is the user's to mend."""
+    """A parquet file; a damaged one is a UserError."""
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({hub.one_line(error)}); fetch it again") from error
+        raise UserError(f"{path}: not a readable parquet file ({one_line(error)}); fetch it again") from error
 
 
 def parquet_rows(path: Path, task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -179,7 +186,7 @@ def parquet_rows(path: Path, task: Task) -> Iterator[tuple[str, Mapping[str, Any
                     yield f"{path}: row {number}", row
                     number += 1
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged after row {number} ({hub.one_line(error)}); fetch it again") from error
+            raise UserError(f"{path}: damaged after row {number} ({one_line(error)}); fetch it again") from error
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -209,9 +216,11 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}: line {number} is not JSON ({error.msg}); write one object a line") from error
+                raise UserError(
+                    f"{path}: line {number} is not JSON ({error.msg}); write one object per line"
+                ) from error
             if not isinstance(row, dict):
-                raise UserError(f"{path}: line {number} is not a JSON object; write one object a line")
+                raise UserError(f"{path}: line {number} is not a JSON object; write one object per line")
             yield number, row
 
 
@@ -230,8 +239,6 @@ def text_lines(file: IO[str], path: Path) -> Iterator[str]:
             number += 1
             yield line
     except (EOFError, gzip.BadGzipFile, OSError) as error:
-        raise UserError(
-            f"{path}: damaged or cut off after line {number} ({hub.one_line(error)}); copy it again"
-        ) from error
+        raise UserError(f"{path}: damaged or cut off after line {number} ({one_line(error)}); copy it again") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 after line {number} ({error.reason})") from error

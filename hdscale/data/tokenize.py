@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock
 
 from hdscale.data.batches import Row
-from hdscale.data.checksums import cache_folder
 from hdscale.data.settings import DataSettings
-from hdscale.data.sources import load_split, split_identity
-from hdscale.data.tasks.task import Example, Task
+from hdscale.data.sources import load_split, reader, split_identity
+from hdscale.data.task import Example, Task
 from hdscale.errors import UserError
+from hdscale.files import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def load_tokenizer(name: str | None, revision: str | None = None) -> Any:
     Raises:
         UserError: there is none, or it needs a program of its own (never run).
     """
+    # here, because tokenised splits are also read where no tokenizer is needed
     from transformers import AutoTokenizer
 
     advice = (
@@ -168,7 +170,7 @@ def tokenized_split(task: Task, split: str, tokenizer: Any, settings: DataSettin
     """
     settings.validate("data.")
     key = cache_key(task, split, tokenizer, settings)
-    folder = cache_folder(settings) / "tokenized" / f"{task.name}.{split}.{key[:20]}"
+    folder = cache_folder(settings.cache) / "tokenized" / f"{task.name}.{split}.{key[:20]}"
     with contextlib.suppress(ValueError):
         return TokenizedSplit(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +189,7 @@ def cache_key(task: Task, split: str, tokenizer: Any, settings: DataSettings) ->
     declared = dataclasses.asdict(task)
     for name in ("metrics", "decoding", "sizes", "repo", "configs", "revision", "files", "splits"):
         declared.pop(name)
+    declared["reader"] = reader(task).name
     content = {
         "format": FORMAT,
         "task": declared,
@@ -203,15 +206,13 @@ def locked(path: Path) -> Iterator[bool]:
     """Hold a lock on `path` that the system frees when its holder dies; gives whether it is held.
 
     On a file system without locks the body just runs: several processes may then build the same entry, each
-    in a folder of its own, and the first rename wins.
+    in its own folder, and the first rename wins.
     """
-    from filelock import FileLock
-
     lock = FileLock(path)
     try:
         lock.acquire()
     except (NotImplementedError, OSError) as error:
-        log.warning("no file lock at %s (%s); going on without", path, error)
+        log.warning("no file lock at %s (%s); continuing without", path, error)
         yield False
         return
     try:

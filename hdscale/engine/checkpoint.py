@@ -81,7 +81,7 @@ def save_checkpoint(
             "torch": torch.__version__,
         }
     )
-    # what rank 0 met with is raised by every rank: none may go on to a collective that another does not reach
+    # what rank 0 met with is raised by every rank: none may reach a collective that another does not
     failure, non_finite = ranks.broadcast_object((writer.failure, writer.non_finite))
     if failure is not None:
         kind = NonFiniteError if non_finite else UserError
@@ -92,7 +92,7 @@ def save_checkpoint(
 
 
 class Writer:
-    """Rank 0's side of saving. After a failure it still takes all tensors (gathering them is collective) and drops them.
+    """Rank 0's side of saving. After a failure it still takes all tensors (gathering is collective) and drops them.
 
     Attributes:
         failure: what went wrong first, or None.
@@ -278,12 +278,13 @@ def load_newest_checkpoint(engine: Engine, folder: str | Path, log: Any) -> dict
                     f"resuming with {what} {now} instead of {state[what]}: the data order is the same, "
                     "the numbers will be close but not identical"
                 )
-        for what, before, now in (
-            ("hdscale", state.get("hdscale", FIRST_VERSION), __version__),
-            ("torch", state["torch"], torch.__version__),
-        ):
-            if before != now:
-                log.warning(f"made by {what} {before}, resumed with {now}: the last bits of results may differ")
+        versions = {"hdscale": __version__, "torch": torch.__version__}
+        before = {"hdscale": FIRST_VERSION} | state
+        for what, version in versions.items():
+            if before[what] != version:
+                log.warning(
+                    f"made by {what} {before[what]}, resumed with {version}: the last bits of results may differ"
+                )
         return str(path), state
 
     chosen = ranks.on_main(choose)

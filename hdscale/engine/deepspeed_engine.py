@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import nn
 
+from hdscale.data.batches import IGNORED
 from hdscale.engine import zero
 from hdscale.engine.deepspeed_config import limit_buckets
 from hdscale.engine.optimizer import build_optimizer, learning_rate_factor, trainable_parameters
@@ -153,7 +154,7 @@ class Engine:
         rate = self._set_learning_rate(learning_rate_factor(step, self.train.warmup_steps, self.train.max_steps))
         moved = [{name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()}
                  for batch in micro_batches]  # fmt: skip
-        tokens = torch.stack([(batch["labels"] != -100).sum() for batch in moved]).sum()
+        tokens = torch.stack([(batch["labels"] != IGNORED).sum() for batch in moved]).sum()
         ranks.sum_(tokens)
         # DeepSpeed averages over the ranks; the loss wanted is a sum over them
         scale = torch.full((), float(ranks.world_size), dtype=torch.float32, device=ranks.device)

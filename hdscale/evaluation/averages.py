@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from hdscale.data.tasks import Example, Task
-from hdscale.data.tasks.mrqa.read import IN_DOMAIN, OUT_OF_DOMAIN
+from hdscale.data.tasks.mrqa.tasks import IN_DOMAIN, OUT_OF_DOMAIN
 from hdscale.errors import UserError
 from hdscale.evaluation.metrics import compute
 from hdscale.runs.scores import task_score

@@ -13,7 +13,7 @@ import torch
 from hdscale.data.batches import pad_rows
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks import Example, Task
-from hdscale.data.tasks.mrqa.read import questions
+from hdscale.data.tasks.mrqa.reader import questions
 from hdscale.errors import UserError
 from hdscale.evaluation.evaluator import SplitEvaluator, SplitInputs
 from hdscale.evaluation.generation import SCORE_DECIMALS, Decoding, Prediction, pad_sources

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hdscale.data.tasks import Example
-from hdscale.data.tasks.mrqa.read import official_ids
+from hdscale.data.tasks.mrqa.question import official_ids
 from hdscale.errors import UserError, one_line
 from hdscale.files import write_text
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks import Task
 from hdscale.data.tasks.mrqa.chunks import chunks_of_questions
-from hdscale.data.tasks.mrqa.read import Question, clean, make_question
-from hdscale.data.tasks.task import cell_text, fields, fill
+from hdscale.data.tasks.mrqa.question import Question, clean, make_question
+from hdscale.data.template import cell_text, fields, fill
 from hdscale.errors import UserError, nearest, one_line
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hdscale.bases.settings import ModelSettings
 from hdscale.errors import UserError, nearest, one_line
 from hdscale.modeling.settings import MethodSettings
+from hdscale.settings import check_choice, choices
 
 CONFIG_FILE = "hdscale_config.json"
 """The configuration's file in an export."""
@@ -69,6 +71,8 @@ class HyperdecoderConfig:
         Raises:
             UserError: for keys or values that the settings do not have.
         """
+        check_choices(ModelSettings, values.get("model", {}), "model.")
+        check_choices(MethodSettings, values.get("method", {}), "method.")
         try:
             model = OmegaConf.merge(OmegaConf.structured(ModelSettings), values.get("model", {}))
             method = OmegaConf.merge(OmegaConf.structured(MethodSettings), values.get("method", {}))
@@ -89,3 +93,16 @@ class HyperdecoderConfig:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"{path}: not a readable hdscale_config.json ({error})") from error
+
+
+def check_choices(settings: type, values: Mapping[str, Any], prefix: str) -> None:
+    """Raise UserError for the first word that is none of its field's choices, by the name that it has in a run's YAML.
+
+    OmegaConf refuses such a word too, but names neither the whole key nor the nearest choice.
+    """
+    for field_ in dataclasses.fields(settings):
+        value = values.get(field_.name)
+        if isinstance(value, Mapping) and isinstance(field_.type, type):
+            check_choices(field_.type, value, f"{prefix}{field_.name}.")
+        elif value is not None:
+            check_choice(f"{prefix}{field_.name}", value, choices(field_.type))

@@ -15,6 +15,7 @@ from hdscale.bases import inference, packing
 from hdscale.bases.base import load_base, scales_output
 from hdscale.bases.greedy import Decoded, greedy_decode
 from hdscale.bases.interface import Adaptation
+from hdscale.data.batches import IGNORED
 from hdscale.errors import UserError
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.export import check_tasks, copy_trainables, read_config, write_export
@@ -22,7 +23,6 @@ from hdscale.modeling.hypernetwork import GeneratedAdapterHeads
 from hdscale.modeling.methods import Method, complete_config
 from hdscale.ops.precision import at_least_float32
 
-IGNORED = -100
 """Label of padding, which has no loss."""
 
 

@@ -59,7 +59,7 @@ def test_compiled_stacks_compute_the_same(tmp_path):
         if number == len(SHAPES) - 1:
             assert 0 < count["unique_graphs"] <= 12
     graphs = count["unique_graphs"]
-    # a new pair of lengths is no new graph, and decoding is none
+    # a new pair of lengths is not a new graph, and decoding is none
     loss_and_gradients(model, batch(6, 23, 5))
     assert torch.equal(model.eval().generate(**source, max_new_tokens=5), decoded)
     assert count["unique_graphs"] == graphs

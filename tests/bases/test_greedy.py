@@ -8,8 +8,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hdscale.bases import greedy
 from hdscale.modeling import build_model
-from tests.helpers.adapted import method_config, random_batch, relative_error, shaken, tiny_base
-from tests.modeling.test_model import METHODS, SIZES
+from tests.helpers.adapted import METHODS, SIZES, method_config, random_batch, relative_error, shaken, tiny_base
 
 FAMILIES = ("v1.0", "v1.1", "mt5")
 

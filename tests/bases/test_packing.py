@@ -1,4 +1,4 @@
-"""A packed encoder computes what the padded one does: outputs, losses and gradients; and FlexAttention is told the same attention."""
+"""A packed encoder computes what the padded one does: outputs, losses, gradients, and FlexAttention's mask and bias."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_packed_gradients_are_the_padded_ones(base, name, checkpointing):
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("name", ["hyperdecoder", "adapter"])
 def test_sorted_micro_batches_have_the_gradient_of_one_padded_pass(base, name, packed, world_size, cut):
-    """A global batch dealt to ranks, sorted and cut, its sums over all micro-batches and ranks: loss and every trainable's gradient."""
+    """Loss and every trainable's gradient of a global batch that is sorted, cut and distributed to ranks, summed over all."""
     method, options = METHODS[name]
     whole, cut_up = pair(base, method, options)[0], pair(base, method, options)[packed]
     rows = rows_of([random.Random(4).randint(1, 24) for _ in range(16)], seed=1)
@@ -146,7 +146,7 @@ MANY = [random.Random(7).randint(1, 90) for _ in range(12)]
 
 @pytest.mark.parametrize("lengths", [*LENGTHS.values(), MANY], ids=[*LENGTHS, "several blocks"])
 def test_flex_attention_computes_what_the_cpu_does(lengths):
-    """Mask and score of FlexAttention, run as they are given to the GPU's kernel, against attention instance by instance."""
+    """Mask and score of FlexAttention, as the GPU's kernel is given them, against attention instance by instance."""
     heads, size = 3, 8
     packed = packing_of(lengths, heads, pad=-sum(lengths) % BLOCK)
     total = sum(lengths)
@@ -159,7 +159,7 @@ def test_flex_attention_computes_what_the_cpu_does(lengths):
 
 
 def test_gradients_of_the_flex_attention_that_a_gpu_computes(monkeypatch):
-    """PyTorch refuses a backward pass on a CPU, since its kernels have none there; its own definition of FlexAttention has one.
+    """PyTorch's kernels have no backward pass on a CPU; its own definition of FlexAttention has one.
 
     Of queries, keys, values and, as in full fine-tuning, of the position bias.
     """

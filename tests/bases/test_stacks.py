@@ -127,7 +127,7 @@ def test_what_few_targets_are(d_kv, sources, most):
 
 
 def test_one_mask_is_kept_for_all_layers():
-    """Of all that the encoder's forward keeps for its backward, one tensor has a number for each head and pair of tokens."""
+    """Of what the encoder keeps for its backward pass, one tensor has a number for each head and pair of tokens."""
     theirs, ours = pair("t5 v1.1")
     counts = []
     for model in (theirs, ours):

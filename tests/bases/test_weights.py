@@ -25,7 +25,8 @@ def configured(method: str, *settings: str):
         None,
         [
             "model.name=tiny-2", f"method.name={method}", "data.tasks=[quickstart]", f"data.max_source_length={S}",
-            f"data.max_target_length={T}", f"method.encoder.dim={A}", f"method.decoder.dim={A}", "train.dtype=fp32", *settings,
+            f"data.max_target_length={T}", f"method.encoder.dim={A}", f"method.decoder.dim={A}", "train.dtype=fp32",
+            *settings,
         ],
     )  # fmt: skip
 
@@ -47,7 +48,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 class Kept:
-    """The tensors, without the model's parameters, that autograd keeps inside a `with`: one a storage, told apart by its address."""
+    """The tensors that autograd keeps inside a `with`, one per storage, without the model's parameters."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -72,8 +73,10 @@ class Kept:
 
 
 def inputs_of_frozen_linears(model: torch.nn.Module) -> dict[int, tuple[str, torch.Tensor]]:
-    """{address of a tensor: (name of the last frozen linear that reads it, the tensor, held so that its address stays its own)},
-    filled while the model runs."""
+    """{address of a tensor: (name of the last frozen linear that reads it, the tensor)}, filled while the model runs.
+
+    The tensor is held so that no other one gets its address.
+    """
     found: dict[int, tuple[str, torch.Tensor]] = {}
 
     def note(name: str, x: torch.Tensor) -> None:

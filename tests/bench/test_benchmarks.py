@@ -12,7 +12,9 @@ from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm, T5Stack
 
 from hdscale.bench import decode, report, rows, scaling, variants
+from hdscale.bench.options import DecodeOptions, ReportOptions, ScalingOptions
 from hdscale.bench.scaling_rank import Heard, size_of
+from hdscale.commands.arguments import add_options, read_options
 from hdscale.commands.cli import main
 from hdscale.modeling import build_model
 
@@ -22,6 +24,7 @@ TINY = ["--size", "tiny-1"]
 @pytest.fixture
 def bench(monkeypatch):
     def call(*arguments: str) -> int:
+        # the command line is written into the results
         monkeypatch.setattr(sys, "argv", ["hdscale", "bench", *arguments])
         return main(["bench", *arguments])
 
@@ -33,15 +36,15 @@ def bench(monkeypatch):
     [
         (["step", "--size", "tiny-3"], "tiny-"),
         (["step", "--variants", "adaptor"], "adapter"),
-        (["step", "--steps", "0"], "--steps 0"),
-        (["step", "--tokens-per-micro-batch", "0"], "--tokens-per-micro-batch 0"),
+        (["step", "--steps", "0"], "--steps=0: must be at least 1"),
+        (["step", "--tokens-per-micro-batch", "0"], "--tokens-per-micro-batch=0: must be at least 1"),
         (["decode", "--lengths", "real"], "--data-root"),
         (["decode", "--lengths", "12"], "512+128"),
-        (["decode", "--turns", "0"], "--turns 0"),
+        (["decode", "--turns", "0"], "--turns=0"),
         (["data", "--ranks", "3"], "multiple"),
-        (["data", "--consume", "0"], "--consume"),
+        (["data", "--consume", "0"], "--consume=0"),
         (["scaling", "--ranks", "3"], "--ranks 3"),
-        (["scaling", "--nvlink", "0"], "--nvlink"),
+        (["scaling", "--nvlink", "0"], "--nvlink=0"),
         (["scaling", "--predict-size", "t5-v1_1-larg"], "t5-v1_1-large"),
     ],
 )
@@ -53,8 +56,8 @@ def test_mistakes_are_one_line(bench, capsys, arguments, words):
 
 def test_step(bench, capsys, tmp_path):
     table = tmp_path / "table.md"
-    assert bench("step", *TINY, "--global-batch-size", "8", "--micro-batch-size", "4", "--steps", "2", "--lengths", "12+3",
-                 "--json", str(tmp_path / "step.json"), "--markdown", str(table)) == 0  # fmt: skip
+    assert bench("step", *TINY, "--global-batch-size", "8", "--micro-batch-size", "4", "--steps", "2",
+                 "--lengths", "12+3", "--json", str(tmp_path / "step.json"), "--markdown", str(table)) == 0  # fmt: skip
     found = json.loads((tmp_path / "step.json").read_text())
     by_name = {row["variant"]: row for row in found["rows"]}
     assert list(by_name) == ["hdscale", "released-fp32", "released-bf16", "adapter", "full"]
@@ -74,15 +77,15 @@ def test_step(bench, capsys, tmp_path):
 
 def test_step_by_tokens(bench, tmp_path):
     target = tmp_path / "step.json"
-    assert bench("step", *TINY, "--global-batch-size", "8", "--steps", "1", "--lengths", "30+2", "--variants", "hdscale",
-                 "--tokens-per-micro-batch", "64", "--json", str(target)) == 0  # fmt: skip
+    assert bench("step", *TINY, "--global-batch-size", "8", "--steps", "1", "--lengths", "30+2",
+                 "--variants", "hdscale", "--tokens-per-micro-batch", "64", "--json", str(target)) == 0  # fmt: skip
     assert json.loads(target.read_text())["rows"][0]["seconds"] > 0
 
 
 def test_decode(bench, tmp_path):
     target = tmp_path / "decode.json"
-    assert bench("decode", *TINY, "--batch-size", "4", "--rows", "30", "--every", "3", "--tokens", "5", "--mixed-batches", "2", "--turns", "1",
-                 "--json", str(target)) == 0  # fmt: skip
+    assert bench("decode", *TINY, "--batch-size", "4", "--rows", "30", "--every", "3", "--tokens", "5",
+                 "--mixed-batches", "2", "--turns", "1", "--json", str(target)) == 0  # fmt: skip
     found = json.loads(target.read_text())
     assert [row["side"] for row in found["rows"]] == [
         "hdscale-fp32",
@@ -104,9 +107,9 @@ def test_decode(bench, tmp_path):
 
 
 def test_both_sides_decode_every_row_once():
-    args = argparse.Namespace(lengths="glue", seed=0, size="tiny-1", batch_size=4, tokens=5, every=1)
-    mixed, sets = rows.make_rows(args, 10), rows.evaluation_sets(args, 7)
-    for _, ours, theirs in decode.comparisons(args, mixed, sets):
+    options = DecodeOptions(lengths="glue", batch_size=4, tokens=5, every=1)
+    mixed, sets = rows.make_rows(options, 10, "tiny-1"), rows.evaluation_sets(options, "tiny-1", 7)
+    for _, ours, theirs in decode.comparisons(options, mixed, sets):
         one, other = (
             sorted((row.task, row.id) for batches, *_ in jobs for batch in batches for row in batch)
             for jobs in (ours, theirs)
@@ -133,24 +136,25 @@ def test_the_released_manner_runs_transformers_modules():
 
 def test_data(bench, tmp_path):
     target = tmp_path / "data.json"
-    assert bench("data", *TINY, "--global-batch-size", "32", "--micro-batch-size", "8", "--tokens-per-micro-batch", "256",
-                 "--batches", "3", "--steps", "1", "--ranks", "2", "--json", str(target)) == 0  # fmt: skip
+    assert bench("data", *TINY, "--global-batch-size", "32", "--micro-batch-size", "8",
+                 "--tokens-per-micro-batch", "256", "--batches", "3", "--steps", "1", "--ranks", "2",
+                 "--json", str(target)) == 0  # fmt: skip
     found = json.loads(target.read_text())
     assert [row["part"] for row in found["rows"]] == ["order", "fetch", "deal", "collate", "all", "feed"]
-    assert all(row["rows/s"] == pytest.approx(32e3 / row["ms_a_batch"]) for row in found["rows"])
-    consumed = found["samples_a_second_that_training_consumes"]
-    assert all(row["times_a_step_consumes"] == pytest.approx(row["rows/s"] / consumed) for row in found["rows"])
+    assert all(row["rows/s"] == pytest.approx(32e3 / row["ms_per_batch"]) for row in found["rows"])
+    consumed = found["samples_per_second_that_training_consumes"]
+    assert all(row["times_what_a_step_consumes"] == pytest.approx(row["rows/s"] / consumed) for row in found["rows"])
     whole, random, alike, by_tokens = found["share_of_padding"].values()
     assert 0 <= alike < random < whole < 1 and 0 <= by_tokens < whole
 
 
 def test_what_ranks_send_is_what_zero_2_must():
-    args = argparse.Namespace(
-        lengths="9+2", seed=0, size="tiny-1", dtype="bf16", micro_batch_size=2, steps=1, threads=1, global_batch_size=8
+    options = ScalingOptions(
+        lengths="9+2", size="tiny-1", dtype="bf16", micro_batch_size=2, steps=1, threads=1, global_batch_size=8
     )
-    found = scaling.world(args, 2, 8)
+    found = scaling.world(options, 2, 8)
     assert found["ranks"] == 2 and found["micro_batches"] == 2 and found["seconds"] > 0
-    arithmetic = scaling.arithmetic(found, args)
+    arithmetic = scaling.arithmetic(found, options)
     assert arithmetic["bytes"] == found["trainable"] * (4 * 2 + 2)
     assert arithmetic["counted_over_expected"] == pytest.approx(1, abs=1e-3)
 
@@ -158,8 +162,8 @@ def test_what_ranks_send_is_what_zero_2_must():
 @pytest.mark.slow
 def test_scaling(bench, tmp_path):
     target = tmp_path / "scaling.json"
-    assert bench("scaling", *TINY, "--ranks", "2", "--global-batch-size", "4", "--micro-batch-size", "2", "--steps", "1",
-                 "--lengths", "9+2", "--json", str(target)) == 0  # fmt: skip
+    assert bench("scaling", *TINY, "--ranks", "2", "--global-batch-size", "4", "--micro-batch-size", "2",
+                 "--steps", "1", "--lengths", "9+2", "--json", str(target)) == 0  # fmt: skip
     found = json.loads(target.read_text())
     assert [(row["what"], row["batch"], row["efficiency"]) for row in found["rows"]] == [
         ("fixed global batch", 4, 1.0), ("fixed share", 8, 1.0),
@@ -167,7 +171,7 @@ def test_scaling(bench, tmp_path):
 
 
 def test_predictions_follow_bandwidth():
-    args = argparse.Namespace(
+    options = ScalingOptions(
         predict_size="tiny-4",
         predict_batch=16,
         predict_tokens=48,
@@ -176,10 +180,10 @@ def test_predictions_follow_bandwidth():
         infiniband=25.0,
         latency=0.0,
     )
-    near, far = scaling.predictions(args)
+    near, far = scaling.predictions(options)
     assert 0 < far["efficiency"] < near["efficiency"] < 1
     assert far["ms communicating"] == pytest.approx(8 * near["ms communicating"])
-    assert near["MB a step and rank"] == pytest.approx(7 / 8 * near["trainable"] * 10 / 1e6)
+    assert near["MB per step and rank"] == pytest.approx(7 / 8 * near["trainable"] * 10 / 1e6)
 
 
 def test_collectives_are_counted_once():
@@ -197,10 +201,29 @@ def test_collectives_are_counted_once():
     assert size_of([torch.zeros(2), (torch.zeros(1, dtype=torch.int64), None)]) == 16
 
 
+def test_op(bench, tmp_path):
+    target = tmp_path / "op.json"
+    assert bench("op", "--shape", "d=32,a=4,k=8,layers=2,batch=2", "--rounds", "1", "--json", str(target)) == 0
+    found = json.loads(target.read_text())
+    assert [row["what"] for row in found["rows"]] == ["operator (cpp)", "matmul+bmm", "least possible"]
+    operator, plain, least = found["rows"]
+    assert operator["speed_up"] == pytest.approx(plain["forward_backward"] / operator["forward_backward"])
+    assert operator["kept_mb"] < plain["kept_mb"] and operator["max_error"] < 1e-5
+    assert least["forward_backward"] > 0 and least["kept_mb"] is None
+
+
+def test_options_are_read_from_the_command_line():
+    parser = argparse.ArgumentParser()
+    add_options(parser, DecodeOptions)
+    given = parser.parse_args(["--dtypes", "bf16", "--rows", "7", "--json", "--batch-size", "4"])
+    assert read_options(given, DecodeOptions) == DecodeOptions(dtypes=["bf16"], rows=7, json="-", batch_size=4)
+    assert read_options(parser.parse_args([]), DecodeOptions) == DecodeOptions()
+
+
 def test_tables_fit(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     lines = [{"variant": f"v{number}", **{f"a_measured_thing_{key}": 1.5 for key in range(8)}} for number in range(2)]
-    report.publish("a title", lines, argparse.Namespace(json=None, markdown=None), torch.device("cpu"))
+    report.publish("a title", lines, ReportOptions(), torch.device("cpu"))
     printed = capsys.readouterr().out
     assert "a measured thing 7" in printed and "…" not in printed and max(map(len, printed.splitlines())) <= 60
     assert (

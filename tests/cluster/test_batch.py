@@ -123,7 +123,8 @@ def pretended(tmp_path: Path) -> dict[str, str]:
     bodies = {
         "srun": f'echo "srun $*" >>{calls}\nexit ${{SRUN_CODE:-0}}',
         "sbatch": f'echo "sbatch $*" >>{calls}\nenv | grep ^SBATCH_ >>{calls}; exit 0',
-        "scontrol": f'echo "scontrol $*" >>{calls}\n[ "$1" = show ] && echo "JobId=12 JobState=RUNNING StdOut=/x.out"\nexit 0',
+        "scontrol": f'echo "scontrol $*" >>{calls}\n'
+        '[ "$1" = show ] && echo "JobId=12 JobState=RUNNING StdOut=/x.out"\nexit 0',
         "scancel": f'echo "scancel $*" >>{calls}',
         "apptainer": f'echo "apptainer $*" >>{calls}\nwhile [ "$1" != python ]; do shift; done\nexec "$@"',
     }

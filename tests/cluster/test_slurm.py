@@ -51,7 +51,7 @@ JOB_SECONDS = 400
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    """A folder with a short name: munge's socket lies in it."""
+    """A folder with a short name: munge's socket is in it."""
     with tempfile.TemporaryDirectory(prefix="hds", dir="/tmp") as folder:
         yield Path(folder)
 
@@ -336,7 +336,7 @@ def test_the_pre_empting_job_got_its_nodes(drills: dict[str, Future[Outcome]]) -
 
 
 def test_a_signal_costs_no_step(drills: dict[str, Future[Outcome]]) -> None:
-    """The ranks save where they stand, and go on from there: no step is computed twice."""
+    """The ranks save at once, and resume from there: no step is computed twice."""
     for name in ("signal", "limit", "pre-emption"):
         log = drills[name].result().log
         [stopped] = re.findall(r"step (\d+): asked to stop", log)
@@ -383,7 +383,7 @@ def test_a_job_without_progress_gives_up(drills: dict[str, Future[Outcome]], slu
     assert slurm.field(outcome.job, "JobState") == "FAILED"
     state = read_state(launch_folder(place / "runs", "stalled"), 0)
     assert (state.outcome, state.starts, state.stalled) == ("stalled", 2, 2)
-    assert "given up after 2 ends without a newer checkpoint" in state.reason
+    assert "not requeued after 2 ends without a newer checkpoint" in state.reason
     assert "rank 1 on" in outcome.log and "does not reach rank 0 at 192.0.2.1" in outcome.log
     assert "Traceback" not in outcome.log
 
@@ -535,7 +535,7 @@ def test_a_script_is_accepted_and_its_configuration_builds(script: str, on_slurm
         ("cluster.nodes=8", "partition main has 4 nodes"),
         ("cluster.cpus_per_task=65", "more than the 64 cores"),
         ("cluster.mem=4000G", "sbatch refuses the job"),
-        ("cluster.time=soon", "cluster.time='soon' is no time"),
+        ("cluster.time=soon", "cluster.time='soon' is not a time limit"),
         ("cluster.sbatch={no-such-option: 1}", "sbatch refuses the job"),
         ("cluster.nods=2", "did you mean 'cluster.nodes'?"),
         ("train.max_step=3", "did you mean 'train.max_steps'?"),

@@ -27,7 +27,6 @@ from hdscale.evaluation.extractive import (
 from hdscale.evaluation.generation import Decoder
 from hdscale.evaluation.settings import EvalSettings
 from hdscale.load import Choice, Seq2Seq, version_of
-from tests.commands.test_predict import run_folder  # noqa: F401 - a fixture
 from tests.helpers.evaluation_jobs import make_tasks, word_tokenizer
 
 
@@ -36,7 +35,7 @@ def mrqa_data(tmp_path_factory) -> DataSettings:
     return make_tasks(tmp_path_factory.mktemp("mrqa"))[1]
 
 
-def test_a_run_is_evaluated_and_resumed_after_an_interruption(run_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_is_evaluated_and_resumed_after_an_interruption(run_folder, tmp_path, monkeypatch, capsys):
     arguments = ["evaluate", "--run", str(run_folder), "--output", str(tmp_path), "--batch-size", "2"]
     decode, batches = Decoder.__call__, []
 
@@ -67,7 +66,7 @@ def test_a_run_is_evaluated_and_resumed_after_an_interruption(run_folder, tmp_pa
     assert json.loads((tmp_path / "results.test.json").read_text())["notes"]["pairs"]["rows"] == 3
 
 
-def test_an_export_and_its_run_agree(run_folder, tmp_path):  # noqa: F811
+def test_an_export_and_its_run_agree(run_folder, tmp_path):
     """The export alone, with the run's base weights in a folder, predicts what the run does."""
     choice = Choice(run=str(run_folder))
     config = choice.config()
@@ -162,7 +161,7 @@ def test_an_extractive_checkpoint_on_mrqa(bert_folder, mrqa_data, tmp_path):
     assert results["notes"]["squad"]["rows"] == 11 < results["notes"]["squad"]["chunks"]
     answers = json.loads((tmp_path / "squad.test.official.json").read_text())
     squad = get_task("squad", mrqa_data)
-    from hdscale.data.tasks.mrqa.read import questions
+    from hdscale.data.tasks.mrqa.reader import questions
 
     for question in questions(squad, "test", mrqa_data):
         assert answers[question.qid] and answers[question.qid] in question.context
@@ -244,7 +243,7 @@ def test_an_empty_context_has_an_empty_span():
 
 
 @pytest.fixture(scope="module")
-def models(run_folder, seq2seq_folder, bert_folder) -> dict[str, Path]:  # noqa: F811
+def models(run_folder, seq2seq_folder, bert_folder) -> dict[str, Path]:
     """A folder of each kind of model that can be evaluated."""
     return {"run": run_folder, "t5": seq2seq_folder, "bert": bert_folder}
 

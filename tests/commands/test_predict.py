@@ -11,66 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from hdscale.commands.cli import main
-from hdscale.config import Config, load_config, to_dict
+from hdscale.config import Config
 from hdscale.errors import UserError
 from hdscale.evaluation.evaluator import Evaluator
 from hdscale.evaluation.generation import Decoder, Decoding
 from hdscale.evaluation.predictor import Predictor
 from hdscale.evaluation.requests import BadRow, Request, parse, read_requests
 from hdscale.load import Choice
-from hdscale.modeling.model import build_model
-from hdscale.resolve import resolve_model
-from tests.helpers.evaluation_jobs import make_tasks, write_rows
-
-OVERRIDES = [
-    "model.name=tiny-1",
-    "method.encoder.dim=4",
-    "method.decoder.dim=4",
-    "method.hypernet.bottleneck=4",
-    "train.dtype=fp32",
-    "data.max_source_length=48",
-    "data.max_target_length=6",
-    "data.chunk_overlap=8",
-    "run.seed=5",
-]
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory) -> Path:
-    """A run's folder as training leaves it: configuration and export (the base is the random one of the run's seed)."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    data = tmp_path_factory.mktemp("data")
-    _, settings = make_tasks(data)
-    config = load_config(None, [*OVERRIDES, f"data.mrqa_root={settings.mrqa_root}", f"data.cache={data}/cache"])
-    config.data.custom = {
-        "pairs": {
-            "kind": "label",
-            "labels": ["no", "yes"],
-            "source": "pairs one: {one} two: {two}",
-            "target": "{label}",
-            "files": {"train": str(data / "pairs.jsonl"), "test": str(data / "pairs.jsonl")},
-            "may_be_empty": ["two"],
-        }
-    }
-    write_rows(
-        data / "pairs.jsonl",
-        [{"one": f"cat {n}", "two": "dog", "label": ["no", "yes"][n % 2]} for n in range(7)],
-    )
-    config.data.tasks = ["pairs", "squad"]
-    config.run.dir, config.run.name = str(folder.parent), folder.name
-    model = build_model(resolve_model(config), torch.float32, seed=config.run.seed)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name in model.trainable_names():
-            model.get_parameter(name).normal_(std=0.3)
-    folder.mkdir()
-    model.save_pretrained(str(folder / "adapter"))
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    return folder
-
 
 TEXTS = [
     "the cat sat on the mat",
@@ -147,7 +96,7 @@ def test_questions_are_answered_as_in_evaluation(run_folder, tmp_path):
     config = choice.config()
     loaded = choice.load(config)
     from hdscale.data.tasks import get_task
-    from hdscale.data.tasks.mrqa.read import questions
+    from hdscale.data.tasks.mrqa.reader import questions
 
     squad = get_task("squad", config.data)
     asked = list(questions(squad, "test", config.data))

@@ -48,6 +48,12 @@ def test_every_row_once_and_as_many_micro_batches_on_each_rank(lengths, world_si
         assert budget is None or len(part) == 1 or padded_tokens(part) <= budget
 
 
+def test_ranks_have_about_as_much_work():
+    """Rows of like length go to different ranks: no rank has all of the long ones."""
+    work = [sum(padded_tokens(part) for part in parts) for parts in deal(some_rows(128), 4, 4)]
+    assert max(work) < 1.25 * min(work)
+
+
 def test_a_budget_gives_each_pass_about_as_much_work():
     rows = some_rows(128)
     real = sum(len(one.input_ids) + len(one.labels) for one in rows)

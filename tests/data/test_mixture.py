@@ -112,12 +112,9 @@ def test_task_ids_are_those_given():
     assert {row.task_id for row in Mixture(SETS, 1).rows(0, 100)} == {0, 1, 2}
 
 
-def test_out_of_range():
+def test_nothing_to_train_on():
     for arguments, message in [
         (([], 1), "training set"),
-        ((SETS, 1, 0.0), "data.temperature"),
-        ((SETS, 1, 1.0, 0.0), "data.fraction"),
-        ((SETS, 1, 1.0, 1.5), "data.fraction"),
         (([Set("none", 0)], 1), "task none is empty"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -96,7 +96,7 @@ def test_what_a_mirror_lacks_is_named(tmp_path):
     )
     with pytest.raises(UserError, match="rte/validation-00000-of-00001.parquet is missing.*there: rte/train-"):
         check_splits([get_task("rte")], settings)
-    with pytest.raises(UserError, match="data.root=.*no folder"):
+    with pytest.raises(UserError, match="data.root=.*not a folder"):
         check_splits([get_task("rte")], DataSettings(root=str(tmp_path / "nowhere")))
 
 
@@ -105,7 +105,7 @@ def test_faulty_rows_of_a_mirror_are_named(tmp_path):
     name = "nyu-mll/glue/rte/train-00000-of-00001.parquet"
     settings = DataSettings(root=str(tmp_path))
     path = write(tmp_path, name, [row, row, {**row, "label": -1}])
-    with pytest.raises(UserError, match=f"{path}: row 2: label '-1' is none of"):
+    with pytest.raises(UserError, match=f"{path}: row 2: label '-1' is not a label of"):
         load_examples(get_task("rte"), "train", settings)
     write(tmp_path, name, [row, {**row, "sentence2": ""}])
     with pytest.raises(UserError, match=f"{path}: row 1: column 'sentence2' .* empty"):
@@ -113,14 +113,6 @@ def test_faulty_rows_of_a_mirror_are_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=f"{path}: not a readable parquet"):
         check_splits([get_task("rte")], settings)
-
-
-@pytest.mark.parametrize(
-    "setting", [{"temperature": 0.0}, {"fraction": 0.0}, {"fraction": 1.1}, {"max_source_length": 1}]
-)
-def test_settings_out_of_range_are_found_first(setting):
-    with pytest.raises(UserError, match=f"data.{next(iter(setting))}="):
-        check_splits([get_task("rte")], DataSettings(root="/nowhere", **setting))
 
 
 @needs_real_text

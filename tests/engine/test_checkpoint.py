@@ -1,4 +1,4 @@
-"""Checkpoints: bit-identical resume, any world size, torn ones, full disks, other models."""
+"""Checkpoints: bit-identical resume, any world size, incomplete ones, full disks, other models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from hdscale.engine.checkpoint import find_fault, newest_whole_checkpoint
-from tests.engine.test_training import ZERO
+from tests.helpers.toy import ZERO
 
 STEPS = 8
 
@@ -27,7 +27,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     "world_size, variant", [(1, "fp32"), (2, "fp32"), (2, "zero1"), (2, "zero2"), (2, "offload"), (2, "zero3_small")]
 )
 def test_killed_in_mid_step_and_resumed_bit_for_bit(rank_pool, tmp_path, world_size, variant):
-    """kill -9 between two micro-batches, with dropout, accumulation and a schedule: the same losses, weights, moments."""
+    """kill -9 between two micro-batches, with dropout and a schedule: the same losses, weights and moments."""
     config = ZERO.get(variant, {"dtype": "fp32"})
     whole = run(rank_pool, world_size, tmp_path / "undisturbed", until=STEPS, **config)
     killed = rank_pool(world_size).run(

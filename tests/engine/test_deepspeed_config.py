@@ -25,6 +25,7 @@ def test_shipped_files_are_accepted(path):
     assert config["zero_optimization"]["stage"] == int(path.stem[4])
     assert config["bf16"]["enabled"] == (dtype == "bf16")
     assert ("offload_optimizer" in config["zero_optimization"]) == ("offload" in path.stem)
+    assert config["data_types"]["grad_accum_dtype"] == config["communication_data_type"] == "fp32"
     assert config["gradient_clipping"] == 1.0 and config["managed_gradient_accumulation"] is False
     # buckets are allocated whole: none is larger than what there is to send
     assert config["zero_optimization"]["reduce_bucket_size"] == 5002
@@ -56,7 +57,10 @@ def test_equal_values_and_auto_are_no_contradiction(tmp_path):
         ({"train_micro_batch_size_per_gpu": 8}, ["train_micro_batch_size_per_gpu=8", "train.micro_batch_size=4"]),
         ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps=2", "train.micro_batch_size"]),
         ({"gradient_clipping": 5.0}, ["gradient_clipping=5.0", "train.gradient_clipping=1.0"]),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, ["optimizer.params.lr=0.1", "train.learning_rate=0.0003"]),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}},
+            ["optimizer.params.lr=0.1", "train.learning_rate=0.0003"],
+        ),
         ({"optimizer": {"type": "Lamb"}}, ["optimizer.type=Lamb", "AdamW"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "train.warmup_steps"]),
         ({"fp16": {"enabled": True}}, ["fp16", "train.dtype=bf16"]),
@@ -65,7 +69,10 @@ def test_equal_values_and_auto_are_no_contradiction(tmp_path):
         ({"managed_gradient_accumulation": True}, ["managed_gradient_accumulation"]),
         ({"zero_optimization": {"stage": 0}}, ["zero_optimization.stage=0"]),
         ({"zero_optimization": {"stage": 2, "reduce_scater": True}}, ["zero_optimization.reduce_scater"]),
-        ({"zero_optimization": {"stage": 2, "contiguous_gradients": False, "reduce_scatter": False}}, ["reduce_scatter=false"]),
+        (
+            {"zero_optimization": {"stage": 2, "contiguous_gradients": False, "reduce_scatter": False}},
+            ["reduce_scatter=false"],
+        ),
         ({"optimizer": "AdamW"}, ["optimizer must be an object"]),
     ],
 )  # fmt: skip

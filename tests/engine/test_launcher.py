@@ -14,7 +14,7 @@ import pytest
 from hdscale.engine.checkpoint import newest_whole_checkpoint
 from tests.helpers.places import TESTS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.landing]
 
 HELPERS = TESTS / "helpers"
 DEADLINE = 240.0

@@ -11,21 +11,12 @@ from hdscale.engine.deepspeed_engine import dropout_seed
 from hdscale.engine.optimizer import build_optimizer, learning_rate_factor
 from hdscale.ops.backend import availability
 from tests.helpers.tiny import save_tiny_t5
-from tests.helpers.toy import ToyModel, global_batch, settings
-
-ZERO = {
-    "zero1": {"deepspeed": "ds_configs/zero1_bf16.json", "dtype": "bf16"},
-    "zero2": {"deepspeed": "ds_configs/zero2_bf16.json", "dtype": "bf16"},
-    "offload": {"deepspeed": "ds_configs/zero2_offload_bf16.json", "dtype": "bf16"},
-    "zero3": {"deepspeed": "ds_configs/zero3_bf16.json", "dtype": "bf16"},
-    # every weight is partitioned: ZeRO-3 keeps those below its threshold whole, and here they are all small
-    "zero3_small": {"deepspeed": "tests/helpers/zero3_no_persistent_bf16.json", "dtype": "bf16"},
-}
+from tests.helpers.toy import ZERO, ToyModel, global_batch, settings
 
 
-def reference_gradient(reduction: str = "mean") -> dict[str, torch.Tensor]:
-    """The gradient of the whole batch's loss by plain autograd in float64."""
-    model = ToyModel(dropout=0.0).double()
+def reference_gradient(reduction: str = "mean", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The gradient of the whole batch's loss by plain autograd in float64, at weights rounded to `dtype`."""
+    model = ToyModel(dropout=0.0).to(dtype).double()
     batch = global_batch(0)
     loss_sum, tokens = model(**batch)
     (loss_sum / tokens if reduction == "mean" else loss_sum).backward()
@@ -82,23 +73,72 @@ def test_world_sizes_follow_each_other(rank_pool):
     assert losses[1][-1] < 0.9 * losses[1][0]
 
 
-def test_clipping_bounds_the_update(rank_pool):
-    """The norm that is reported is the one before clipping."""
-    variants = [{"dropout": 0.0, "gradient_clipping": clip} for clip in (0.0, 1e-3)]
-    free, clipped = rank_pool(2).run("tests.helpers.engine_jobs:train", {"variants": variants, "steps": 1})[0]
-    wanted = math.sqrt(sum(float((g**2).sum()) for g in reference_gradient().values()))
-    assert free["norms"][0] == pytest.approx(wanted, rel=1e-4)
-    assert clipped["norms"][0] == pytest.approx(wanted, rel=1e-4)
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage, tolerance", [("fp32", 1e-4), *((stage, 0.03) for stage in ZERO)])
+def test_adamw_is_given_the_clipped_gradient(rank_pool, world_size, stage, tolerance):
+    """A tenth of the norm as the limit: a tenth of the gradient; a limit above the norm, or none, changes nothing.
+
+    Adam's update hides a factor of the gradient, so its first moment is compared. The norm that is reported is the one
+    before clipping.
+    """
+    dtype = torch.float32 if stage == "fp32" else torch.bfloat16
+    wanted = reference_gradient(dtype=dtype)
+    norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in wanted.values()))
+    for limit, factor in ((0.1 * norm, 0.1), (2 * norm, 1.0), (0.0, 1.0)):
+        # two parameter groups have one norm together
+        arguments = {"micro": 2, "rates": {"shared": 0.1}, "gradient_clipping": limit, **ZERO.get(stage, {})}
+        for found in rank_pool(world_size).run("tests.helpers.engine_jobs:first_update", arguments):
+            assert found["norm"] == pytest.approx(norm, rel=tolerance)
+            assert_close(found["gradient"], {name: factor * value for name, value in wanted.items()}, tolerance)
+            for name, change in found["moved"].items():
+                # AdamW's first update has the learning rate's size, whatever the gradient's
+                assert change.abs().max() == pytest.approx(0.1 if name == "shared" else 0.02, rel=0.03), name
+
+
+@pytest.mark.parametrize("world_size, micro", [(1, 3), (2, 2)])
+def test_training_is_that_of_plain_torch(rank_pool, world_size, micro):
+    """Schedule, clipping, weight decay, AdamW, and what stays frozen: against a plain loop over whole batches."""
+    from transformers import get_linear_schedule_with_warmup
+
+    steps, options = 9, {"weight_decay": 0.3, "gradient_clipping": 0.5, "warmup_steps": 3, "max_steps": 12}
+    plain = ToyModel(dropout=0.0)
+    trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.02, weight_decay=options["weight_decay"])
+    schedule = get_linear_schedule_with_warmup(optimizer, options["warmup_steps"], options["max_steps"])
+    losses = []
+    for step in range(steps):
+        loss_sum, tokens = plain(**global_batch(step))
+        (loss_sum / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(trained, options["gradient_clipping"])
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        losses.append((loss_sum / tokens).item())
+    arguments = {"variants": [{"dropout": 0.0, **options}], "steps": steps, "micro": micro}
+    for (found,) in rank_pool(world_size).run("tests.helpers.engine_jobs:train", arguments):
+        assert found["losses"] == pytest.approx(losses, rel=1e-4)
+        assert_close(found["weights"], dict(plain.named_parameters()), 1e-3)
+        for name, parameter in ToyModel().named_parameters():
+            assert torch.equal(found["weights"][name], parameter) != parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_masters_start_with_the_exact_weights(rank_pool, stage):
+    """Not with those that were rounded to bf16, which the forward pass uses."""
+    for found in rank_pool(2).run("tests.helpers.engine_jobs:at_the_start", ZERO[stage]):
+        for name, parameter in ToyModel().named_parameters():
+            assert torch.equal(found["weights"][name], parameter.bfloat16().float()), name
+            if parameter.requires_grad:
+                assert torch.equal(found["masters"][name], parameter), name
 
 
 @pytest.mark.parametrize(
-    "fault, stage", [("loss", "zero2"), ("gradient", "zero2"), ("gradient", "zero1"), ("gradient", "zero3_small")]
+    "fault, stage",
+    [("loss", "zero2"), *(("gradient", stage) for stage in ("fp32", "zero1", "zero2", "offload", "zero3_small"))],
 )
 def test_a_nan_stops_the_run(rank_pool, tmp_path, fault, stage):
-    """On every rank, with the step, tasks and ids; the last checkpoint stays as it was, and where the device is waited for
-    (not under ZeRO-2 in bf16) the weights do too."""
+    """On every rank, with the step, tasks and ids. The last checkpoint stays as it was, and so do the weights, except
+    under ZeRO-2 in bf16, which does not wait for the device."""
     results = rank_pool(2).run(
-        "tests.helpers.engine_jobs:non_finite", {"fault": fault, "folder": str(tmp_path), **ZERO[stage]}
+        "tests.helpers.engine_jobs:non_finite", {"fault": fault, "folder": str(tmp_path), **ZERO.get(stage, {})}
     )
     for result in results:
         assert result["step"] == 3
@@ -111,7 +151,7 @@ def test_a_nan_stops_the_run(rank_pool, tmp_path, fault, stage):
 
 
 def test_a_step_waits_for_nothing_on_the_device(rank_pool, tmp_path):
-    """No number is read on the host within a step of ZeRO-2 in bf16, DeepSpeed's own norm, clipping and overflow check included."""
+    """Within a step of ZeRO-2 in bf16 the host reads no number (norm, clipping and overflow check included)."""
     base = str(save_tiny_t5(tmp_path / "base", vocabulary=64))
     for found in rank_pool(2).run("tests.helpers.engine_jobs:waits_of_a_step", {"base": base, **ZERO["zero2"]}):
         assert found["step"] == []
@@ -123,6 +163,8 @@ def test_a_step_waits_for_nothing_on_the_device(rank_pool, tmp_path):
 def test_ranks_may_evaluate_different_numbers_of_batches(rank_pool, stage):
     first, second = rank_pool(2).run("tests.helpers.engine_jobs:evaluate_unevenly", ZERO[stage], timeout=60)
     assert first == second
+    # ZeRO-3 keeps small weights whole, and still does after an evaluation
+    assert all(first["whole"]) and bool(first["whole"]) == (stage == "zero3")
 
 
 def test_schedule_is_that_of_transformers():
@@ -151,6 +193,13 @@ def test_dropout_seeds_differ():
     seeds = {dropout_seed(*key) for key in [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (-1, 0, 0, 0)]}
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
     assert dropout_seed(3, 4, 5, 6) == dropout_seed(3, 4, 5, 6)
+
+
+def test_each_forward_pass_has_a_dropout_seed_of_its_own(rank_pool):
+    """That of its step, rank and micro-batch."""
+    results = rank_pool(2).run("tests.helpers.engine_jobs:seeds_of_passes", {"steps": 2, "micro": 2, "seed": 9})
+    for rank, seeds in enumerate(results):
+        assert seeds == [dropout_seed(9, step, rank, index) for step in range(2) for index in range(2)]
 
 
 def test_collectives(rank_pool):

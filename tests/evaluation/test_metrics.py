@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import random
 import re
-import string
 
 import numpy as np
 import pytest
@@ -13,12 +12,13 @@ from rouge_score import rouge_scorer
 from scipy import stats
 from sklearn import metrics as sk
 
+from hdscale.data.task import Example, SplitRule, Task
 from hdscale.data.tasks import get_task
-from hdscale.data.tasks.task import Example, SplitRule, Task
 from hdscale.errors import UserError
 from hdscale.evaluation import averages as av
 from hdscale.evaluation import metrics, text
 from hdscale.evaluation.metrics import check_metrics, compute, compute_scores
+from tests.helpers.plain_scores import plain_scores
 
 
 def task(kind: str, names: tuple[str, ...], labels: tuple[str, ...] = (), name: str = "t") -> Task:
@@ -128,31 +128,8 @@ def test_any_number_decodes_and_constant_predictions_score_zero():
     }
 
 
-# -- SQuAD's definition written anew, by other means than the package's
+# -- SQuAD's definition, written a second time in tests/helpers/plain_scores.py
 # ------------------------------------------------
-
-
-def plain_normal(answer: str) -> list[str]:
-    kept = "".join(
-        " " if character.isspace() else character for character in answer.lower() if character not in string.punctuation
-    )
-    words = re.split(r"(\W+)", kept)  # articles are whole words of \w
-    return "".join("  " if word in ("a", "an", "the") else word for word in words).split()
-
-
-def plain_scores(prediction: str, answers: list[str]) -> tuple[float, float]:
-    matches, overlaps = [], []
-    for answer in answers:
-        one, other = plain_normal(prediction), plain_normal(answer)
-        matches.append(float(" ".join(one) == " ".join(other)))
-        left = list(other)
-        common = 0
-        for word in one:
-            if word in left:
-                left.remove(word)
-                common += 1
-        overlaps.append(0.0 if not common else 2 * common / (len(one) + len(other)))
-    return max(matches), max(overlaps)
 
 
 ADVERSARIAL = [

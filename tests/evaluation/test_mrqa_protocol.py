@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from hdscale.data.settings import DataSettings
-from hdscale.data.tasks.mrqa import read as mrqa
-from hdscale.data.tasks.task import Example
+from hdscale.data.task import Example
+from hdscale.data.tasks.mrqa.reader import questions as read_questions
+from hdscale.data.tasks.mrqa.reader import split_paths
+from hdscale.data.tasks.mrqa.tasks import tasks as mrqa_tasks
 from hdscale.errors import UserError
 from hdscale.evaluation import mrqa_protocol as protocol
 from hdscale.evaluation.metrics import compute
-from tests.evaluation.test_metrics import plain_scores
 from tests.helpers.places import DATA
+from tests.helpers.plain_scores import plain_scores
 
 
 def chunk(prediction: str, score: float, tokens: int = 2) -> dict:
@@ -104,8 +106,8 @@ def official_evaluator(dataset: Path, predictions: dict[str, str]) -> dict[str, 
 def test_figures_equal_the_official_evaluators(name, tmp_path):
     """On adversarial predictions for real questions: right, cut, decorated, empty, missing, foreign."""
     settings = DataSettings(mrqa_root=str(DATA / "mrqa"), max_source_length=512)
-    task = next(task for task in mrqa.tasks(settings) if task.name == name)
-    questions = list(mrqa.questions(task, "test", settings))
+    task = next(task for task in mrqa_tasks(settings) if task.name == name)
+    questions = list(read_questions(task, "test", settings))
     draw = random.Random(7)
     variants = [
         lambda gold, _: gold,
@@ -127,6 +129,6 @@ def test_figures_equal_the_official_evaluators(name, tmp_path):
     protocol.write_official(answers, path)
     ours = protocol.read_official(path, [question.id for question in questions])
     found = compute(task, [ours[question.id] for question in questions], questions)
-    (dataset,) = mrqa.split_paths(task, "test", settings)
+    (dataset,) = split_paths(task, "test", settings)
     assert found == pytest.approx(official_evaluator(dataset, json.loads(path.read_text())))
     assert 10 < found["em"] < found["f1"] < 95

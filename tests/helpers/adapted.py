@@ -16,6 +16,28 @@ from tests.helpers.tiny import save_tiny_t5
 VOCABULARY = 100
 TASKS = ["cola", "rte", "sst2"]
 
+SIZES = dict(encoder__dim=4, decoder__dim=3, hypernet__bottleneck=6)
+
+# one of every kind of adaptation that travels through the decoder
+METHODS = {
+    "hyperdecoder": ("hyperdecoder", SIZES),
+    "hyperdecoder, all forms": (
+        "hyperdecoder",
+        dict(SIZES, decoder__form="adapter+lora+prefix", lora__attention="all", lora__targets="qkvo", prefix__length=3,
+             decoder__shared_layers="0", decoder__learned_scale=True),
+    ),
+    "hyperdecoder, a hypernetwork per layer": ("hyperdecoder", dict(SIZES, hypernet__per_layer=True)),
+    "generated encoder": ("hyperdecoder", dict(SIZES, encoder__adapter="generated")),
+    "adapter": ("adapter", dict(encoder__dim=4, decoder__dim=4)),
+    "task_hypernet": ("task_hypernet", SIZES),
+    "modular": ("modular", dict(lora__rank=2)),
+    "lora": ("lora", dict(lora__rank=2)),
+    "hyperformer": ("hyperformer", dict(hyperformer__dim=3)),
+    "hyperformer++": ("hyperformer++", dict(hyperformer__dim=3)),
+    "hyperprompt": ("hyperprompt", dict(hyperprompt__length=3, hyperprompt__bottleneck=4)),
+    "full_finetuning": ("full_finetuning", {}),
+}  # fmt: skip
+
 
 def nested(options: dict[str, Any]) -> dict[str, Any]:
     """{"a.b": 1} as {"a": {"b": 1}}."""
@@ -106,7 +128,8 @@ def direct_logits(
 
     Args:
         encoder_hooks: of the instance's task id. decoder_hooks: of task id and encoding h [S, D].
-        first_pass, twice: for an encoder that runs twice: hooks of its first pass, and of its second given the first's h.
+        first_pass, twice: for an encoder that runs twice: hooks of its first pass, and of its second given the h of
+            the first.
     """
     direct, found = DirectT5(model.base), []
     for row in range(batch["input_ids"].shape[0]):

@@ -89,10 +89,54 @@ def train(ranks: Ranks, variants: list[dict[str, Any]], steps: int, micro: int =
 
 def gradient(ranks: Ranks, micro: int, **config: Any) -> dict[str, torch.Tensor]:
     """The gradient that AdamW was given for the batch of step 0: its first moment is a tenth of it."""
-    engine = toy_engine(ToyModel(dropout=0.0), settings(warmup_steps=0, gradient_clipping=0.0, **config), ranks)
-    engine.train_step(micro_batches(0, ranks.rank, ranks.world_size, micro))
-    moments = dict(engine.optimizer_tensors())
-    return {name: moments[f"exp_avg.{name}"] * 10 for name in engine.parameters}
+    return first_update(ranks, micro, **{"gradient_clipping": 0.0, **config})["gradient"]
+
+
+def first_update(ranks: Ranks, micro: int, rates: dict[str, float] | None = None, **config: Any) -> dict[str, Any]:
+    """One step at the peak learning rate: the gradient that AdamW was given, the norm that was reported, and how far
+    each master moved.
+
+    Args:
+        rates: peak learning rates of some trainables' own, which make parameter groups of their own.
+    """
+    model = ToyModel(dropout=0.0)
+    if rates:
+        model.learning_rates = lambda default: rates
+    engine = toy_engine(model, settings(warmup_steps=0, **config), ranks)
+    before = dict(engine.trainable_tensors())
+    norm = engine.train_step(micro_batches(0, ranks.rank, ranks.world_size, micro)).result().grad_norm
+    moments, after = dict(engine.optimizer_tensors()), dict(engine.trainable_tensors())
+    return {
+        "gradient": {name: moments[f"exp_avg.{name}"] * 10 for name in engine.parameters},
+        "norm": norm,
+        "moved": {name: after[name] - before[name] for name in engine.parameters},
+    }
+
+
+class Listener(ToyModel):
+    """Keeps the random seed of each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seeds: list[int] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seeds.append(torch.initial_seed())
+        return super().forward(*args, **kwargs)
+
+
+def seeds_of_passes(ranks: Ranks, steps: int, micro: int, seed: int) -> list[int]:
+    """The random seed of each of this rank's forward passes, step by step."""
+    engine = toy_engine(Listener(), settings(seed=seed), ranks)
+    for step in range(steps):
+        engine.train_step(micro_batches(step, ranks.rank, ranks.world_size, micro))
+    return engine.module.seeds
+
+
+def at_the_start(ranks: Ranks, **config: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Masters and working weights before the first step."""
+    engine = toy_engine(ToyModel(), settings(**config), ranks)
+    return {"masters": dict(engine.trainable_tensors()), "weights": working_weights(engine)}
 
 
 def resume(
@@ -212,8 +256,14 @@ def evaluate_unevenly(ranks: Ranks, **config: Any) -> dict[str, Any]:
         assert not model.training
         for step in range(1 + 2 * ranks.rank):
             losses.append(model(**micro_batches(step, 0, 1, BATCH)[0])[0].item())
+    whole = [parameter.numel() == parameter.ds_numel for parameter in persistent_of(engine)]
     after = engine.train_step(micro_batches(1, ranks.rank, ranks.world_size, 2)).result()
-    return {"evaluation": losses[0], "loss": after.loss}
+    return {"evaluation": losses[0], "loss": after.loss, "whole": whole}
+
+
+def persistent_of(engine: Engine) -> list[torch.nn.Parameter]:
+    """The small parameters that ZeRO-3 keeps whole between steps; none under other stages."""
+    return getattr(engine._deepspeed.optimizer, "persistent_parameters", [])
 
 
 def collectives(ranks: Ranks) -> dict[str, Any]:
@@ -231,7 +281,7 @@ def collectives(ranks: Ranks) -> dict[str, Any]:
         "any": ranks.any_true(ranks.rank == 1),
         "all": ranks.all_true(ranks.rank == 1),
         "max": ranks.max_int(ranks.rank * 3),
-        "sums": ranks.sum_floats([1.0, ranks.rank + 0.5]),
+        "sums": ranks.sum_(torch.tensor([1.0, ranks.rank + 0.5])).tolist(),
         "objects": ranks.gather_objects({"rank": ranks.rank}),
         "broadcast": ranks.broadcast_object(f"from {ranks.rank}"),
         "main": ranks.on_main(lambda: ranks.rank + 10),
@@ -321,7 +371,7 @@ def adapted_model(
 def adapted_gradients(
     ranks: Ranks, base: str, methods: list[dict[str, Any]], variant: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """For each method: the gradient that AdamW was given at the first step, the loss, and the backends that computed."""
+    """For each method: the gradient that AdamW was given at the first step, the loss, and the backends in use."""
     import hdscale.ops.generated as generated
     from hdscale.modeling import HyperdecoderConfig, build_model
 
@@ -376,7 +426,7 @@ def settle(ranks: Ranks, path: str) -> dict[str, Any]:
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
 HOST_ONLY = ("/torch/optim/", "/hdscale/ops/operator.py")
-"""AdamW's loop over tensors (CUDA has the fused one, whose step count stays on the device), and counters that live on the host."""
+"""AdamW's loop over tensors (CUDA's fused one keeps its step count on the device), and counters on the host."""
 
 
 class Waits(TorchDispatchMode):

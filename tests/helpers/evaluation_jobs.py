@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from hdscale.data.settings import DataSettings
+from hdscale.data.task import Task
 from hdscale.data.tasks.custom import task_from_mapping
-from hdscale.data.tasks.task import Task
 from hdscale.engine.tuning import largest_that_fits
 from hdscale.evaluation.evaluator import EvaluationStopped, Evaluator
 from hdscale.evaluation.settings import EvalSettings
@@ -114,7 +114,7 @@ def make_tasks(folder: Path, rows: int = 23) -> tuple[dict[str, Task], DataSetti
     text = task_from_mapping(
         {"name": "written", "kind": "text", **own, "decoding": {"num_beams": 3, "max_target_length": 9}}
     )
-    from hdscale.data.tasks.mrqa.read import tasks as mrqa_tasks
+    from hdscale.data.tasks.mrqa.tasks import tasks as mrqa_tasks
 
     settings = DataSettings(
         cache=str(folder / "cache"),

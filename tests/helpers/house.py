@@ -34,7 +34,7 @@ EXCEPTIONS = {
 
 @dataclass
 class Import:
-    """One import of a file of the package by another, or by itself of anything outside."""
+    """One import by a file of the package: of another file of it, or of anything outside."""
 
     file: str
     line: int

@@ -51,7 +51,7 @@ class StandIn:
         )
 
     def fetched(self, name: str) -> int:
-        """How many times a file's content was asked for."""
+        """Requests for each file's content."""
         return sum(method == "GET" and path.endswith(name) for method, path in self.requests)
 
     def start(self) -> str:

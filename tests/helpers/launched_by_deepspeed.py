@@ -1,4 +1,4 @@
-"""What tests/engine/test_launcher.py starts with the real `deepspeed` launcher: endless small steps until asked to stop."""
+"""Small steps until asked to stop: what tests/engine/test_launcher.py starts with the real `deepspeed` launcher."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ a module's variables reaches the next one.
         return {"loss": 1.0}                # plain data or CPU tensors
 
     def test_something(rank_pool):
-        results = rank_pool(2).run("tests.my_module:my_check", {"size": 3})     # one result a rank, in order of rank
+        results = rank_pool(2).run("tests.my_module:my_check", {"size": 3})     # one result per rank, in order
 
 `ranks` is an `hdscale.engine.ranks.Ranks` on the CPU with one thread.
 """

@@ -21,7 +21,7 @@ def save_tiny_t5(folder: Path, vocabulary: int = 32128, tied: bool = False, seed
 
     Args:
         vocabulary: 32128 goes with T5's own tokenizer.
-        tied: v1.0 (ReLU, head tied to the embeddings) instead of v1.1 (gated GELU, a head of its own).
+        tied: v1.0 (ReLU, head tied to the embeddings) instead of v1.1 (gated GELU, a separate head).
         sizes: of T5Config, over d_model 32, d_ff 48, d_kv 8, 4 heads, 2 layers.
     """
     import torch

@@ -18,6 +18,16 @@ VOCABULARY = 23
 WIDTH = 10  # the odd sizes below are not multiples of any number of ranks
 BATCH = 8
 
+# the settings with which a model is trained under each ZeRO stage
+ZERO = {
+    "zero1": {"deepspeed": "ds_configs/zero1_bf16.json", "dtype": "bf16"},
+    "zero2": {"deepspeed": "ds_configs/zero2_bf16.json", "dtype": "bf16"},
+    "offload": {"deepspeed": "ds_configs/zero2_offload_bf16.json", "dtype": "bf16"},
+    "zero3": {"deepspeed": "ds_configs/zero3_bf16.json", "dtype": "bf16"},
+    # every weight is partitioned: ZeRO-3 keeps those below its threshold whole, and here they are all small
+    "zero3_small": {"deepspeed": "tests/helpers/zero3_no_persistent_bf16.json", "dtype": "bf16"},
+}
+
 
 class Row(NamedTuple):
     """What the engine names when a step fails."""

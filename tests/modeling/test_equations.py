@@ -60,7 +60,7 @@ def learned(weights, side, layers):
 
 
 def generated(weights, side, e, d_model, dim, layers):
-    """Eq. 3-7 and 9 for one instance; e [size]. The release views the down weight as [d, a], the up weight as [a, d]."""
+    """Eq. 3-7 and 9 for one instance; e [size]. The release views the down weight as [d, a], the up one as [a, d]."""
     heads = f"{side}.hypernetwork.adapter_heads"
     adapters = []
     for i in range(layers):
@@ -175,7 +175,7 @@ def test_without_adapters_it_is_the_base(base):
 
 
 def released_state(base, seed=11, d_model=32, dim=5, bottleneck=7, layers=2):
-    """Random weights under the release's names: learned encoder adapters, a generated decoder, and its unused adapters."""
+    """Random weights by the release's names: learned encoder adapters, a generated decoder, its unused adapters."""
     from transformers import AutoModelForSeq2SeqLM
 
     generator = torch.Generator().manual_seed(seed)

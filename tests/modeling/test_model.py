@@ -10,29 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hdscale.errors import UserError
 from hdscale.modeling import HyperdecoderConfig, build_model, from_pretrained
-from tests.helpers.adapted import method_config, random_batch, shaken, tiny_base
-
-SIZES = dict(encoder__dim=4, decoder__dim=3, hypernet__bottleneck=6)
-
-# one of every kind of adaptation that travels through the decoder
-METHODS = {
-    "hyperdecoder": ("hyperdecoder", SIZES),
-    "hyperdecoder, all forms": (
-        "hyperdecoder",
-        dict(SIZES, decoder__form="adapter+lora+prefix", lora__attention="all", lora__targets="qkvo", prefix__length=3,
-             decoder__shared_layers="0", decoder__learned_scale=True),
-    ),
-    "hyperdecoder, a hypernetwork per layer": ("hyperdecoder", dict(SIZES, hypernet__per_layer=True)),
-    "generated encoder": ("hyperdecoder", dict(SIZES, encoder__adapter="generated")),
-    "adapter": ("adapter", dict(encoder__dim=4, decoder__dim=4)),
-    "task_hypernet": ("task_hypernet", SIZES),
-    "modular": ("modular", dict(lora__rank=2)),
-    "lora": ("lora", dict(lora__rank=2)),
-    "hyperformer": ("hyperformer", dict(hyperformer__dim=3)),
-    "hyperformer++": ("hyperformer++", dict(hyperformer__dim=3)),
-    "hyperprompt": ("hyperprompt", dict(hyperprompt__length=3, hyperprompt__bottleneck=4)),
-    "full_finetuning": ("full_finetuning", {}),
-}  # fmt: skip
+from tests.helpers.adapted import METHODS, SIZES, method_config, random_batch, shaken, tiny_base
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +47,7 @@ def test_greedy_decoding_is_that_of_regenerating_at_each_step(base, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_beams_are_those_of_rows_of_their_own(base, name):
-    """Beam search with one adaptation an instance, against the same with an adaptation for every beam of every instance."""
+    """Beam search with one adaptation per instance, against the same with one for every beam of every instance."""
     method, options = METHODS[name]
     model, batch, beams = shaken(build_model(method_config(base, method, **options))), random_batch(), 3
     wide = {key: value.repeat_interleave(beams, dim=0) for key, value in batch.items()}
@@ -276,7 +254,7 @@ def test_bf16_forward_is_close_to_float32(base, name):
         (lambda c: setattr(c.method, "name", "hyperdecodr"), "did you mean 'hyperdecoder'"),
         (lambda c: setattr(c.method.encoder, "adapter", "manul"), "did you mean 'manual'"),
         (lambda c: setattr(c.method.encoder, "input", "norm"), "method.encoder.input=norm"),
-        (lambda c: setattr(c.method.decoder, "dim", 0), "method.decoder.dim=0 must be at least 1"),
+        (lambda c: setattr(c.method.decoder, "dim", 0), "method.decoder.dim=0: must be at least 1"),
         (lambda c: setattr(c.method.hypernet, "bottleneck", -1), "method.hypernet.bottleneck=-1"),
         (lambda c: setattr(c.method.hypernet, "conditioning", "max"), "method.hypernet.conditioning=max"),
     ],

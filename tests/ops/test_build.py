@@ -1,4 +1,4 @@
-"""Building the kernels: cached, locked, torn or failing builds, and what `hdscale doctor` and the benchmark
+"""Building the kernels: cached, locked, interrupted or failing builds, and what `hdscale doctor` and the benchmark
 say."""
 
 import fcntl
@@ -152,7 +152,7 @@ def test_shapes_of_the_benchmark():
     assert parse_shape("d=64,a=8,k=16,layers=2") == Shape(B=32, T=4, D=64, A=8, K=16, N=2)
     with pytest.raises(UserError, match="did you mean 'large'"):
         parse_shape("larg")
-    with pytest.raises(UserError, match="is no shape"):
+    with pytest.raises(UserError, match="is not a shape"):
         parse_shape("large,batch=0")
 
 

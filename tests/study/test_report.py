@@ -178,6 +178,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.mark.slow
+@pytest.mark.landing
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here: the page is not opened in a browser")
 def test_a_browser_opens_the_page_from_a_file(reported, tmp_path):
     page = reported[2].resolve()

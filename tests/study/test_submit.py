@@ -93,6 +93,7 @@ def test_failures_are_counted_and_a_run_is_given_up(tmp_path, cluster):
 
 
 @pytest.mark.slow
+@pytest.mark.landing
 def test_a_study_on_a_real_slurm(tmp_path, monkeypatch):
     """Two tiny trainings as one array; a second start submits nothing."""
     import os

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -42,7 +43,7 @@ Pair = tuple[list[int], list[int]]
 
 def tiny_config(vocabulary: int) -> T5Config:
     """T5 v1.1 (gated GELU, untied output) at about 2 million parameters."""
-    return T5Config(
+    return T5Config(  # type: ignore[call-arg]  # transformers does not declare the arguments of its base class
         vocab_size=vocabulary,
         d_model=128,
         d_kv=32,
@@ -99,7 +100,7 @@ def composition(total: int, parts: int, rng: random.Random) -> list[int]:
 def pairs(tokenizer: PreTrainedTokenizerBase, seed: int | str) -> Iterator[Pair]:
     """Endless corrupted paragraphs, a function of the seed alone."""
     rng = random.Random(f"hdscale corruption {seed}")
-    first_sentinel = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    first_sentinel = cast(int, tokenizer.convert_tokens_to_ids("<extra_id_0>"))
     text = documents(seed)
     while True:
         for ids in tokenizer(list(islice(text, 512))).input_ids:
@@ -207,8 +208,9 @@ def pretrain(
                 loss = model(**batch).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for part in (*trainers, *schedules):
-                part.step()
+            for trainer, schedule in zip(trainers, schedules, strict=True):
+                trainer.step()
+                schedule.step()
             model.zero_grad()
             progress.advance(bar)
             if step % max(1, steps // 20) == 0:
@@ -222,7 +224,7 @@ def finished(model: T5ForConditionalGeneration) -> T5ForConditionalGeneration:
     final = T5ForConditionalGeneration(tiny_config(model.config.vocab_size))
     untie_head(final)
     final.load_state_dict(model.state_dict())
-    return final.to(torch.bfloat16)
+    return torch.nn.Module.to(final, torch.bfloat16)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hdscale.data.settings import DataSettings
+from hdscale.data.task import KINDS, SPLITS, DecodingLimits, Example, SplitRule, Task
 from hdscale.data.tasks.custom import task_from_mapping
-from hdscale.data.tasks.task import KINDS, SPLITS, Decoding, Example, SplitRule, Task
 from hdscale.errors import UserError, nearest
 
 __all__ = [
     "KINDS",
     "SPLITS",
-    "Decoding",
+    "DecodingLimits",
     "Example",
     "SplitRule",
     "Task",
@@ -32,7 +32,7 @@ MODULES = (
     "hdscale.data.tasks.glue",
     "hdscale.data.tasks.nli",
     "hdscale.data.tasks.summarisation",
-    "hdscale.data.tasks.mrqa.read",
+    "hdscale.data.tasks.mrqa.tasks",
     "hdscale.data.tasks.quickstart.tasks",
 )
 MIXTURE_OF_ALL = "all"

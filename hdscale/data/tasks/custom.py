@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hdscale.data.tasks.task import KINDS, SPLITS, Decoding, SplitRule, Task, fields
+from hdscale.data.task import KINDS, SPLITS, DecodingLimits, SplitRule, Task
+from hdscale.data.template import fields
 from hdscale.errors import UserError, nearest
 
 DEFAULT_METRICS = {
@@ -17,9 +18,8 @@ DEFAULT_METRICS = {
     "qa": ("em", "f1"),
 }
 KEYS = (
-    "name kind files header repo config revision splits source target labels step bounds references id "
-    "may_be_empty metrics "
-    "decoding"
+    "name kind files header repo config revision splits source target labels step bounds references id may_be_empty "
+    "metrics decoding"
 ).split()
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -34,39 +34,20 @@ def task_from_mapping(declaration: Mapping[str, Any], name: str | None = None) -
     Raises:
         UserError: naming the task and the key that is missing, unknown or has an unusable value.
     """
-    name = str(declaration.get("name", name or ""))
-    if not name or "/" in name or name.startswith("."):
-        raise UserError(
-            f"data: a task's name must be a word that can name a file, not '{name}'; give it by 'name: my_task'"
-        )
-    where = f"task {name}"
-    for key in declaration:
-        if key not in KEYS:
-            raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), KEYS)}")
-    for key in ("kind", "source"):
-        if not isinstance(declaration.get(key), str):
-            raise UserError(f"{where}: '{key}' is missing or no text; see docs/tasks.md for an example of each kind")
-    kind = declaration["kind"]
-    if kind not in KINDS:
-        raise UserError(f"{where}: unknown kind '{kind}'{nearest(kind, KINDS)}")
+    where, kind = f"task {checked_name(declaration, name)}", checked_kind(declaration, name)
     files = read_files(declaration, where)
     repo = declaration.get("repo")
     if bool(files) == bool(repo):
         raise UserError(f"{where}: give either 'files: {{train: FILE, …}}' or 'repo: a hub data set'")
     labels, label_map = read_labels(declaration, kind, where)
-    bounds = declaration.get("bounds")
-    if bounds is not None and (not is_list(bounds) or len(bounds) != 2 or not all(map(is_number, bounds))):
-        raise UserError(f"{where}: 'bounds' must be [lowest, highest], not {bounds!r}")
-    step = declaration.get("step")
-    if step is not None and (not is_number(step) or step <= 0):
-        raise UserError(f"{where}: 'step' must be a number above 0, not {step!r}")
+    step, bounds = read_numbers(declaration, where)
     target, references = declaration.get("target", ""), declaration.get("references")
     if not target and not references:
         raise UserError(
             f"{where}: 'target' is missing: a template such as '{{answer}}' (or 'references', a column of texts)"
         )
     task = Task(
-        name=name,
+        name=checked_name(declaration, name),
         kind=kind,
         splits=read_splits(declaration, list(files) or list(SPLITS), where),
         source=declaration["source"],
@@ -74,8 +55,8 @@ def task_from_mapping(declaration: Mapping[str, Any], name: str | None = None) -
         metrics=texts(declaration, "metrics", where) or DEFAULT_METRICS[kind],
         labels=labels,
         label_map=label_map,
-        step=None if step is None else float(step),
-        bounds=None if bounds is None else (float(bounds[0]), float(bounds[1])),
+        step=step,
+        bounds=bounds,
         references=None if references is None else str(references),
         id=None if declaration.get("id") is None else str(declaration["id"]),
         may_be_empty=texts(declaration, "may_be_empty", where),
@@ -86,6 +67,50 @@ def task_from_mapping(declaration: Mapping[str, Any], name: str | None = None) -
         files=files,
         header=texts(declaration, "header", where),
     )
+    check_templates(task, where)
+    return task
+
+
+def checked_name(declaration: Mapping[str, Any], name: str | None) -> str:
+    """The task's name, which also names files."""
+    found = str(declaration.get("name", name or ""))
+    if not found or "/" in found or found.startswith("."):
+        raise UserError(
+            f"data: a task's name must be a word that can name a file, not '{found}'; give it by 'name: my_task'"
+        )
+    return found
+
+
+def checked_kind(declaration: Mapping[str, Any], name: str | None) -> str:
+    """The key `kind`, after a check of all keys' names."""
+    where = f"task {checked_name(declaration, name)}"
+    for key in declaration:
+        if key not in KEYS:
+            raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), KEYS)}")
+    for key in ("kind", "source"):
+        if not isinstance(declaration.get(key), str):
+            raise UserError(f"{where}: '{key}' is missing or not a text; see docs/tasks.md for an example of each kind")
+    kind = str(declaration["kind"])
+    if kind not in KINDS:
+        raise UserError(f"{where}: unknown kind '{kind}'{nearest(kind, KINDS)}")
+    return kind
+
+
+def read_numbers(declaration: Mapping[str, Any], where: str) -> tuple[float | None, tuple[float, float] | None]:
+    """The keys `step` and `bounds` of a task whose targets are numbers."""
+    bounds, step = declaration.get("bounds"), declaration.get("step")
+    if bounds is not None and (not is_list(bounds) or len(bounds) != 2 or not all(map(is_number, bounds))):
+        raise UserError(f"{where}: 'bounds' must be [lowest, highest], not {bounds!r}")
+    if step is not None and (not is_number(step) or step <= 0):
+        raise UserError(f"{where}: 'step' must be a number above 0, not {step!r}")
+    return (
+        None if step is None else float(step),
+        None if bounds is None else (float(bounds[0]), float(bounds[1])),
+    )
+
+
+def check_templates(task: Task, where: str) -> None:
+    """Raise UserError for a template that cannot be read, or a source without columns."""
     for template in (task.source, task.target):
         try:
             fields(template)
@@ -95,7 +120,6 @@ def task_from_mapping(declaration: Mapping[str, Any], name: str | None = None) -
         raise UserError(
             f"{where}: 'source' names no column in braces, so every row would read the same: '{task.source}'"
         )
-    return task
 
 
 def read_files(declaration: Mapping[str, Any], where: str) -> dict[str, tuple[str, ...]]:
@@ -134,28 +158,36 @@ def read_splits(declaration: Mapping[str, Any], origins: list[str], where: str) 
     for split, rule in declared.items():
         if split not in SPLITS:
             raise UserError(f"{where}: unknown split '{split}'{nearest(str(split), SPLITS)}")
-        rule = {"from": rule} if not isinstance(rule, Mapping) else rule
-        for key in rule:
-            if key not in ("from", "part", "rows", "seed"):
-                raise UserError(
-                    f"{where}: splits.{split}: unknown key '{key}'{nearest(str(key), ['from', 'part', 'rows', 'seed'])}"
-                )
-        sources = texts(rule, "from", f"{where}: splits.{split}") or (split,)
-        if declaration.get("files"):
-            for source in sources:
-                if source not in origins:
-                    raise UserError(
-                        f"{where}: splits.{split} reads from '{source}', which 'files' lacks{nearest(source, origins)}"
-                    )
-        part = rule.get("part", "all")
-        if part not in SplitRule.PARTS:
-            raise UserError(f"{where}: splits.{split}: unknown part '{part}'{nearest(str(part), SplitRule.PARTS)}")
-        numbers = {key: rule[key] for key in ("rows", "seed") if key in rule}
-        for key, value in numbers.items():
-            if not isinstance(value, int) or value < (1 if key == "rows" else 0):
-                raise UserError(f"{where}: splits.{split}.{key} must be a positive whole number, not {value!r}")
-        rules[split] = SplitRule(sources, part, **numbers)
+        known = origins if declaration.get("files") else None
+        rules[split] = read_rule(split, rule if isinstance(rule, Mapping) else {"from": rule}, known, where)
     return rules
+
+
+def read_rule(split: str, rule: Mapping[str, Any], origins: list[str] | None, where: str) -> SplitRule:
+    """One entry of `splits`.
+
+    Args:
+        origins: keys of `files`, which `from` must name; None for a task on the hub.
+    """
+    for key in rule:
+        if key not in ("from", "part", "rows", "seed"):
+            raise UserError(
+                f"{where}: splits.{split}: unknown key '{key}'{nearest(str(key), ['from', 'part', 'rows', 'seed'])}"
+            )
+    sources = texts(rule, "from", f"{where}: splits.{split}") or (split,)
+    for source in sources if origins is not None else ():
+        if source not in (origins or ()):
+            raise UserError(
+                f"{where}: splits.{split} reads from '{source}', which 'files' lacks{nearest(source, origins or ())}"
+            )
+    part = rule.get("part", "all")
+    if part not in SplitRule.PARTS:
+        raise UserError(f"{where}: splits.{split}: unknown part '{part}'{nearest(str(part), SplitRule.PARTS)}")
+    numbers = {key: rule[key] for key in ("rows", "seed") if key in rule}
+    for key, value in numbers.items():
+        if not isinstance(value, int) or value < (1 if key == "rows" else 0):
+            raise UserError(f"{where}: splits.{split}.{key} must be a positive whole number, not {value!r}")
+    return SplitRule(sources, part, **numbers)
 
 
 def read_labels(declaration: Mapping[str, Any], kind: str, where: str) -> tuple[tuple[str, ...], dict[str, str] | None]:
@@ -177,11 +209,11 @@ def read_labels(declaration: Mapping[str, Any], kind: str, where: str) -> tuple[
     return labels, None
 
 
-def read_decoding(declared: Any, where: str) -> Decoding:
+def read_decoding(declared: Any, where: str) -> DecodingLimits:
     """The key `decoding`."""
     if declared is None:
-        return Decoding()
-    names = [field.name for field in dataclasses.fields(Decoding)]
+        return DecodingLimits()
+    names = [field.name for field in dataclasses.fields(DecodingLimits)]
     if not isinstance(declared, Mapping):
         raise UserError(f"{where}: 'decoding' must be a mapping of {', '.join(names)}")
     for key, value in declared.items():
@@ -189,7 +221,7 @@ def read_decoding(declared: Any, where: str) -> Decoding:
             raise UserError(f"{where}: decoding: unknown key '{key}'{nearest(str(key), names)}")
         if not isinstance(value, int) or isinstance(value, bool) or value < (0 if key == "min_length" else 1):
             raise UserError(f"{where}: decoding.{key} must be a positive whole number, not {value!r}")
-    return Decoding(**declared)
+    return DecodingLimits(**declared)
 
 
 def texts(declaration: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hdscale.data.settings import DataSettings
+from hdscale.data.task import SplitRule, Task
 from hdscale.data.tasks.sizes import TABLE_10
-from hdscale.data.tasks.task import SplitRule, Task
 from hdscale.errors import UserError, nearest
 
 REPO = "nyu-mll/glue"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from hdscale.data.settings import DataSettings
+from hdscale.data.task import SplitRule, Task
 from hdscale.data.tasks.glue import CARVED, NLI
 from hdscale.data.tasks.sizes import TABLE_12
-from hdscale.data.tasks.task import SplitRule, Task
 
 ROUNDS = ("r1", "r2", "r3")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hdscale.data.settings import DataSettings
+from hdscale.data.task import DecodingLimits, SplitRule, Task
 from hdscale.data.tasks.sizes import TABLE_12
-from hdscale.data.tasks.task import Decoding, SplitRule, Task
 
 MIXTURES = {"summ_nli": ("xsum", "cnn_dailymail", "wiki_lingua", "mnli", "art", "anli")}
 MAX_SUMMARY_TOKENS = 60
@@ -48,7 +48,7 @@ def summary(
         metrics=("rouge1", "rouge2", "rougeL", "rougeLsum"),
         # web text: Table 12 counts every row, and a blank one among hundreds of thousands must not stop a run
         may_be_empty=(document, target),
-        decoding=Decoding(max_target_length=MAX_SUMMARY_TOKENS, num_beams=beams, min_length=MIN_LENGTH),
+        decoding=DecodingLimits(max_target_length=MAX_SUMMARY_TOKENS, num_beams=beams, min_length=MIN_LENGTH),
         repo=repo,
         configs=configs,
         revision=revision,

@@ -32,11 +32,10 @@ from hdscale.modeling.lora import GeneratedLora, GeneratedLoraAdaptation, adapte
 from hdscale.modeling.methods.interface import Method, RunEncoder, required
 from hdscale.modeling.methods.options import get_option
 from hdscale.modeling.prefix import GeneratedPrefix, GeneratedPrefixAdaptation
-from hdscale.modeling.settings import MethodSettings, SideSettings
+from hdscale.modeling.settings import FORMS, MethodSettings, SideSettings
 
 SIDES = ("encoder", "decoder")
 KINDS = ("none", "manual", "task", "generated")
-FORMS = ("adapter", "lora", "prefix")
 CONDITIONED = ("task", "generated")
 
 

@@ -123,7 +123,7 @@ def test_modular_samples_in_training_and_learns_z_at_its_own_rate(base):
 
 
 class HyperformerHooks(Hooks):
-    """Karimi Mahabadi et al. 2021, Section 2: adapters after attention and feed-forward, generated per task, layer, place."""
+    """Karimi Mahabadi et al. 2021, Section 2: adapters after attention and feed-forward, per task, layer and place."""
 
     def __init__(self, weights, task, form):
         self.weights, self.task, self.form = weights, task, form

@@ -123,7 +123,7 @@ def base(rows, tmp_path_factory):
 
 
 def train(model, batch, steps, rate):
-    """AdamW on the whole batch, with the method's own rates, a short warm-up and linear decay; the loss of each step."""
+    """The loss of each step of AdamW on the whole batch: the method's own rates, a short warm-up, linear decay."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own = model.learning_rates(rate)
     groups = [{"params": [p], "lr": own.get(name, rate), "peak": own.get(name, rate)} for name, p in parameters.items()]

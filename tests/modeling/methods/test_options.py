@@ -42,7 +42,8 @@ def base(tmp_path_factory):
 )
 def test_options_that_a_method_does_not_have_are_refused(base, name, options):
     key = list(options)[-1]
-    pattern = rf"method.{key.replace('__', '.')}=.*'{name}' as configured has no such option; its options are"
+    known = "(its options are|it has no options)"
+    pattern = rf"method.{key.replace('__', '.')}=.*'{name}' as configured has no such option; {known}"
     with pytest.raises(UserError, match=pattern.replace("+", r"\+")) as caught:
         build_model(method_config(base, name, **options))
     assert "\n" not in str(caught.value)
@@ -94,12 +95,11 @@ def test_building_leaves_the_callers_configuration_alone(base):
     ],
 )
 def test_bad_values(base, name, options, message):
-    config = method_config(base, name, **options)
     if message is None:  # "0-" is read as layer 0
-        assert len(build_model(config).method.decoder.shared_adapters) == 1
+        assert len(build_model(method_config(base, name, **options)).method.decoder.shared_adapters) == 1
         return
     with pytest.raises(UserError, match=message):
-        check_method(config)
+        check_method(method_config(base, name, **options))
 
 
 @pytest.mark.parametrize("name", ["task_hypernet", "modular", "hyperformer", "hyperformer++", "hyperprompt"])

@@ -19,13 +19,11 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hdscale.data.tasks.task import Example
+from hdscale.data.task import Example
+from hdscale.data.tasks.mrqa.question import Question
 from hdscale.errors import UserError
-
-if TYPE_CHECKING:
-    from hdscale.data.tasks.mrqa.read import Question
 
 READ_AHEAD = 256
 """Questions tokenised at once (the tokenizer has threads of its own)."""

@@ -10,8 +10,9 @@ sentences, which is what the tasks need.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hdscale.data.tasks.quickstart import words
 
@@ -41,14 +42,15 @@ class Event:
 
     def without(self, *slots: str) -> Event:
         """The event with these slots (colour, place, time) left unsaid."""
-        return replace(self, **dict.fromkeys(slots))
+        unsaid: dict[str, Any] = dict.fromkeys(slots)
+        return replace(self, **unsaid)
 
     def key(self) -> tuple:
         """What identifies the event, whatever its wording."""
         return (self.agent, self.verb, self.noun, self.colour, self.count, self.place, self.time)
 
 
-CHOICES = {
+CHOICES: dict[str, Sequence[Any]] = {
     "agent": words.PEOPLE,
     "verb": words.VERBS,
     "noun": words.NOUNS,
@@ -211,7 +213,7 @@ def questions(rng: random.Random) -> str:
     if asked == "place":
         pool.append(f"Was {event.agent} {guess.place}? {answer}.")
     elif asked == "time":
-        pool.append(f"Was that {rng.choice(guess.time)}? {answer}.")
+        pool.append(f"Was that {rng.choice(guess.time or ())}? {answer}.")
     elif asked == "colour":
         pool.append(f"Was anything {guess.colour}? {answer}.")
     elif asked == "verb":

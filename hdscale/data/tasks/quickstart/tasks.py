@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import ClassVar
 
 from hdscale.data.settings import DataSettings
+from hdscale.data.task import Example, SplitRule, Task, round_to_step
 from hdscale.data.tasks.quickstart import words
 from hdscale.data.tasks.quickstart.language import random_event, tell
-from hdscale.data.tasks.task import Example, SplitRule, Task, round_to_step
 
 Row = dict[str, str]
 
@@ -96,6 +97,31 @@ MAKERS: dict[str, Callable[[random.Random, int], Row]] = {
 }
 
 
+@dataclass(frozen=True)
+class QuickstartReader:
+    """Makes the rows of the quick start's tasks."""
+
+    name: ClassVar[str] = "hdscale.quickstart.tasks"
+    chunked: ClassVar[bool] = False
+
+    def identity(self, task: Task, split: str, settings: DataSettings) -> list[str]:
+        """What determines the rows besides the declaration."""
+        return [f"generated {VERSION} {SEED} {SIZES}"]
+
+    def check(self, task: Task, split: str, settings: DataSettings) -> None:
+        """Generated data are always there."""
+
+    def size(self, task: Task, split: str, settings: DataSettings) -> int:
+        """Rows of a split."""
+        return SIZES[split]
+
+    def examples(self, task: Task, split: str, settings: DataSettings, tokenizer: object = None) -> Iterator[Example]:
+        """The split's examples in the order of the stream."""
+        for number, row in enumerate(rows(task.name, split)):
+            where = f"generated {split} row {number}"
+            yield task.example(row, id=f"{split}-{number}", where=where)
+
+
 def tasks(settings: DataSettings) -> list[Task]:
     """The declarations, in the manner of SST-2, CoLA, a three-way classification and STS-B."""
     return [
@@ -118,7 +144,7 @@ def declare(name: str, prefix: str, metrics: tuple[str, ...], labels: tuple[str,
         labels=labels,
         step=None if labels else RATING_STEP,
         bounds=None if labels else (0.0, 5.0),
-        reader="hdscale.data.tasks.quickstart.tasks",
+        reader=QuickstartReader(),
         options={"seed": SEED, "version": VERSION},
     )
 
@@ -127,7 +153,9 @@ def declare(name: str, prefix: str, metrics: tuple[str, ...], labels: tuple[str,
 def rows(task: str, split: str) -> tuple[Row, ...]:
     """A split's rows; no source text occurs twice in a task, whichever the split."""
     rng = random.Random(f"hdscale {task} {SEED}")
-    make, seen, found = MAKERS[task], set(), []
+    make = MAKERS[task]
+    seen: set[tuple[str, ...]] = set()
+    found: list[Row] = []
     for now, size in SIZES.items():
         found = []
         while len(found) < size:
@@ -139,24 +167,3 @@ def rows(task: str, split: str) -> tuple[Row, ...]:
         if now == split:
             break
     return tuple(found)
-
-
-def identity(task: Task, split: str, settings: DataSettings) -> list[str]:
-    """What determines the rows besides the declaration."""
-    return [f"generated {VERSION} {SEED} {SIZES}"]
-
-
-def check(task: Task, split: str, settings: DataSettings) -> None:
-    """Generated data are always there."""
-
-
-def size(task: Task, split: str, settings: DataSettings) -> int:
-    """Rows of a split."""
-    return SIZES[split]
-
-
-def examples(task: Task, split: str, settings: DataSettings, tokenizer: object = None) -> Iterator[Example]:
-    """The split's examples in the order of the stream."""
-    for number, row in enumerate(rows(task.name, split)):
-        where = f"generated {split} row {number}"
-        yield task.example(row, id=f"{split}-{number}", where=where)

@@ -25,12 +25,13 @@ class Verb(NamedTuple):
 
 def _noun(kind: str, *names: str) -> Noun:
     """`apple` makes `apples`; irregular plurals are written `loaf/loaves`."""
-    pairs = [tuple(name.split("/")) if "/" in name else (name, name + "s") for name in names]
-    return Noun(tuple(pairs), kind)
+    pairs = [name.split("/") if "/" in name else [name, name + "s"] for name in names]
+    return Noun(tuple((singular, plural) for singular, plural in pairs), kind)
 
 
 def _verb(group: str, *forms: str) -> Verb:
-    return Verb(tuple(tuple(form.split()) for form in forms), group)
+    split = [form.split() for form in forms]
+    return Verb(tuple((base, past, participle) for base, past, participle in split), group)
 
 
 WOMEN = (

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hdscale.data.tasks.mrqa.chunks import chunks_of_questions, cut, rescue
-from hdscale.data.tasks.mrqa.read import Question, prompt_before_context
+from hdscale.data.tasks.mrqa.question import Question, prompt_before_context
 from hdscale.data.tokenize import load_tokenizer
 from hdscale.errors import UserError
 from tests.helpers.evaluation_jobs import WORDS, word_tokenizer

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from hdscale.errors import UserError, nearest
+from hdscale.data.settings import DataSettings
+from hdscale.data.template import cell_text, fields, fill, lookup
+from hdscale.errors import UserError
 
 KINDS = ("label", "number", "text", "qa")
 SPLITS = ("train", "validation", "test")
@@ -34,14 +34,14 @@ class Example:
     references: tuple[str, ...] | None = None
     """All gold texts, where a metric needs more than the target (QA, several summaries)."""
     group: str | None = None
-    """What the example is a part of (MRQA: the question that this chunk belongs to); None: stands for
-    itself."""
+    """What the example is a part of (MRQA: the question that this chunk belongs to); None: the
+    example is complete."""
     input_ids: tuple[int, ...] | None = None
     """The source's tokens, where the text was cut by tokens already."""
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodingLimits:
     """How predictions are generated where it differs from `eval.*`.
 
     `max_target_length` counts generated tokens with `</s>` (None: the longest label of a label task, else
@@ -93,6 +93,34 @@ class SplitRule:
         return total if chosen is None else len(chosen)
 
 
+class Reader(Protocol):
+    """What turns a task's data into examples. Readers have no state: two of a class are equal."""
+
+    @property
+    def name(self) -> str:
+        """Part of the key under which tokenised data are cached."""
+
+    @property
+    def chunked(self) -> bool:
+        """Whether examples are chunks of questions: parts of a long context, one prediction for each."""
+
+    def identity(self, task: Task, split: str, settings: DataSettings) -> list[str]:
+        """What determines the split's examples besides the declaration (checksums of files)."""
+
+    def check(self, task: Task, split: str, settings: DataSettings) -> None:
+        """Raise UserError, quickly, if the data cannot be read."""
+
+    def size(self, task: Task, split: str, settings: DataSettings) -> int:
+        """Rows of the split, as the paper's Tables 10-12 count them."""
+
+    def examples(self, task: Task, split: str, settings: DataSettings, tokenizer: Any = None) -> Iterator[Example]:
+        """The split's examples, in a fixed order and in bounded memory.
+
+        Args:
+            tokenizer: needed where examples are cut by tokens.
+        """
+
+
 @dataclass(frozen=True)
 class Task:
     """A declaration: everything that the package knows of a task.
@@ -121,8 +149,8 @@ class Task:
     id: str | None = None
     """Column with a unique id; default: split and row number."""
     may_be_empty: tuple[str, ...] = ()
-    """Columns in which an empty text is no mistake."""
-    decoding: Decoding = Decoding()
+    """Columns that may be empty."""
+    decoding: DecodingLimits = DecodingLimits()
     repo: str | None = None
     configs: tuple[str, ...] = ()
     """Folders of the repository that may hold the files, the first that does is used ("" is the top)."""
@@ -131,9 +159,8 @@ class Task:
     """{own split name: files} of a task whose data are not on the hub."""
     header: tuple[str, ...] = ()
     """Column names of CSV and TSV files without a header line."""
-    reader: str = "hdscale.data.tables"
-    """Module that turns the task's data into examples; what it must offer stands in
-    `hdscale.data.sources`."""
+    reader: Reader | None = None
+    """Turns the task's data into examples; None: the data are tables (`hdscale.data.tables`)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What only that reader knows."""
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -147,7 +174,7 @@ class Task:
     @property
     def chunked(self) -> bool:
         """Whether its examples are chunks of questions: parts of a long context, one prediction for each."""
-        return self.reader == "hdscale.data.tasks.mrqa.read"
+        return self.reader is not None and self.reader.chunked
 
     def columns(self) -> list[str]:
         """Top-level columns that a row must have."""
@@ -164,15 +191,14 @@ class Task:
             where: file and row, for the error message.
 
         Raises:
-            UserError: empty text, a label outside the set, a value that is no number.
+            UserError: empty text, a label outside the set, a value that is not a number.
         """
         values = {path: cell_text(row, path, where) for path in fields(self.source)}
         for path, text in values.items():
             if not text.strip() and path not in self.may_be_empty:
                 raise UserError(
                     f"{where}: column '{path}' of task {self.name} is empty; fill or remove the row, or "
-                    "list the column "
-                    "under the task's may_be_empty"
+                    "list the column under the task's may_be_empty"
                 )
         references = None
         if self.references:
@@ -202,7 +228,7 @@ class Task:
         texts = list(found) if isinstance(found, Sequence) and not isinstance(found, str) else [found]
         if not all(isinstance(text, str) for text in texts):
             raise UserError(
-                f"{where}: column '{self.references}' of task {self.name} must hold texts, not {texts!r:.80}"
+                f"{where}: column '{self.references}' of task {self.name} must contain texts, not {texts!r:.80}"
             )
         return tuple(texts)
 
@@ -213,7 +239,7 @@ class Task:
             if text not in self.labels:
                 known = ", ".join(self.label_map or self.labels)
                 hint = "; a split whose labels are hidden cannot be used" if target == "-1" else ""
-                raise UserError(f"{where}: label '{target}' is none of the labels of task {self.name} ({known}){hint}")
+                raise UserError(f"{where}: label '{target}' is not a label of task {self.name} ({known}){hint}")
             return text
         if self.kind == "number":
             return self.number_text(target, where)
@@ -245,54 +271,3 @@ def round_to_step(number: float, step: float) -> str:
     while decimals < 6 and abs(round(step, decimals) - step) > 1e-9:
         decimals += 1
     return f"{round(number * per_unit) / per_unit:.{decimals}f}"
-
-
-@functools.lru_cache(maxsize=1024)
-def parts(template: str) -> tuple[tuple[str, str | None], ...]:
-    """(literal text, column path that follows it or None) along a template.
-
-    Raises:
-        UserError: unbalanced braces, or anything but a column name between them.
-    """
-    try:
-        parsed = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise UserError(
-            f"template '{template}': {error}; write column names in braces, literal braces twice"
-        ) from error
-    if any(name is not None and (not name or spec or how or "[" in name) for _, name, spec, how in parsed):
-        raise UserError(f"template '{template}': only plain column names may stand in braces, such as {{question}}")
-    return tuple((literal, name) for literal, name, _, _ in parsed)
-
-
-def fields(template: str) -> tuple[str, ...]:
-    """Column paths that a template names in braces, in order."""
-    return tuple(name for _, name in parts(template) if name is not None)
-
-
-def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with each column's text in its place (texts are inserted as they are, braces and all)."""
-    return "".join(literal + ("" if name is None else values[name]) for literal, name in parts(template))
-
-
-def lookup(row: Mapping[str, Any], path: str, where: str) -> Any:
-    """The value of a column; `answers.text` looks inside a column that holds a mapping."""
-    value: Any = row
-    for part in path.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            known = value if isinstance(value, Mapping) else row
-            raise UserError(f"{where}: no column '{path}'{nearest(part, known)}")
-        value = value[part]
-    return value
-
-
-def cell_text(row: Mapping[str, Any], path: str, where: str) -> str:
-    """A cell as text: a missing value is the empty text, lists and mappings are a mistake."""
-    value = lookup(row, path, where)
-    if value is None or value != value:  # pandas writes a missing text as NaN
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool | int | float):
-        return str(value)
-    raise UserError(f"{where}: column '{path}' holds a {type(value).__name__}, not a text")

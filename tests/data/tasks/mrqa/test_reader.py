@@ -14,7 +14,9 @@ import pytest
 from hdscale.data.settings import DataSettings
 from hdscale.data.sources import check_splits, load_examples, split_size
 from hdscale.data.tasks import expand_tasks, get_task
-from hdscale.data.tasks.mrqa import read as mrqa
+from hdscale.data.tasks.mrqa import question as mrqa_question
+from hdscale.data.tasks.mrqa import reader as mrqa
+from hdscale.data.tasks.mrqa import tasks as mrqa_tasks
 from hdscale.data.tokenize import tokenized_split
 from hdscale.errors import UserError
 from tests.helpers.evaluation_jobs import word_tokenizer
@@ -49,10 +51,10 @@ def squad(folder: Path, **changes):
         else None
     )
     settings = settings or DataSettings(cache=str(folder / "cache"), max_source_length=64, **changes)
-    return next(task for task in mrqa.tasks(settings) if task.name == "squad"), settings
+    return next(task for task in mrqa_tasks.tasks(settings) if task.name == "squad"), settings
 
 
-def read(folder: Path) -> list[mrqa.Question]:
+def read(folder: Path) -> list[mrqa_question.Question]:
     task, settings = squad(folder)
     return list(mrqa.questions(task, "validation", settings))
 
@@ -72,11 +74,13 @@ def test_files_with_and_without_header_or_compression(tmp_path, name, header):
 
 def test_twelve_sets_as_the_paper_lists_them():
     tasks = expand_tasks(["mrqa"])
-    assert [task.name for task in tasks if task.trains] == list(mrqa.IN_DOMAIN)
-    assert len(tasks) == 12 and {task.name for task in tasks} - set(mrqa.IN_DOMAIN) == set(mrqa.OUT_OF_DOMAIN)
+    assert [task.name for task in tasks if task.trains] == list(mrqa_tasks.IN_DOMAIN)
+    assert len(tasks) == 12 and {task.name for task in tasks} - set(mrqa_tasks.IN_DOMAIN) == set(
+        mrqa_tasks.OUT_OF_DOMAIN
+    )
     assert all(task.metrics == ("em", "f1") and task.sizes["validation"] for task in tasks)
     assert get_task("naturalquestions").options["set"] == "NaturalQuestionsShort"
-    assert [task.name for task in expand_tasks(["mrqa_out_of_domain"])] == list(mrqa.OUT_OF_DOMAIN)
+    assert [task.name for task in expand_tasks(["mrqa_out_of_domain"])] == list(mrqa_tasks.OUT_OF_DOMAIN)
 
 
 def test_training_reads_the_train_folder_and_evaluation_the_dev_folder(tmp_path):
@@ -223,7 +227,7 @@ def test_repeated_ids(tmp_path):
     assert [(question.id, question.qid, question.question) for question in questions] == [
         ("q0", "q0", "who sat ?"), ("q0~2", "q0", other), ("q1", "q1", "who sat ?")
     ]  # fmt: skip
-    assert mrqa.official_ids(["q0", "q0~2", "lonely~2"]) == {"q0": "q0", "q0~2": "q0", "lonely~2": "lonely~2"}
+    assert mrqa_question.official_ids(["q0", "q0~2", "lonely~2"]) == {"q0": "q0", "q0~2": "q0", "lonely~2": "lonely~2"}
 
 
 def test_questions_without_an_answer_or_a_context_are_kept(tmp_path):
@@ -260,15 +264,7 @@ def test_white_space_at_the_ends_of_a_span_is_left_off(tmp_path):
 
 def test_a_template_that_does_not_end_with_the_context():
     with pytest.raises(UserError, match="at its end, '{context}'"):
-        mrqa.prompt_before_context("{context} {question}", "who")
-
-
-def test_a_negative_overlap(tmp_path):
-    write(tmp_path, [passage(qa())])
-    task, settings = squad(tmp_path)
-    settings.chunk_overlap = -1
-    with pytest.raises(UserError, match="data.chunk_overlap=-1 must be at least 0"):
-        check_splits([task], settings, ["validation"])
+        mrqa_question.prompt_before_context("{context} {question}", "who")
 
 
 def test_tokenised_chunks_are_the_windows_themselves(tmp_path):
@@ -301,7 +297,7 @@ def test_tokenised_chunks_are_the_windows_themselves(tmp_path):
 )
 def test_real_files(name, split, questions):
     settings = DataSettings(mrqa_root=str(DATA / "mrqa"), max_source_length=512)
-    task = next(task for task in mrqa.tasks(settings) if task.name == name)
+    task = next(task for task in mrqa_tasks.tasks(settings) if task.name == name)
     found = list(mrqa.questions(task, split, settings))
     assert len(found) == questions
     assert all(question.target and question.target in question.context for question in found)

@@ -43,7 +43,7 @@ class ClassifierOptions:
 
     Attributes:
         run: folder of a finished run. epochs, learning_rate, warmup_steps, batch_size, seed: of the classifiers.
-        limit: at most so many rows of each split (None: all). device: of the encoder, cpu or cuda; None: a GPU where
+        limit: most rows of each split (None: all). device: of the encoder, cpu or cuda; None: a GPU where
             there is one. overrides: `key=value` over the run's settings.
     """
 

@@ -19,7 +19,7 @@ class Job:
     """A command in progress.
 
     Attributes:
-        started, deadline: of `time.monotonic()`; no deadline: it may take as long as it likes.
+        started, deadline: of `time.monotonic()`; no deadline: it may take any time.
         place: number among those that run at the same time, which decides its GPU.
         overdue: it was told to stop because its time is up.
     """
@@ -63,7 +63,7 @@ class Pool:
         Ctrl-C reaches it through this process alone, which can wait for its checkpoint.
 
         Args:
-            log: file to which its output is appended. minutes: it is stopped after so long.
+            log: file to which its output is appended. minutes: after which it is stopped.
             inherited: file descriptors that it keeps open, such as that of a lock.
         """
         used = {job.place for job in self.jobs}

@@ -1,4 +1,4 @@
-"""Floating-point operations, time and communication of a step. docs/plan.md derives every term.
+"""Floating-point operations, time and communication of one step. docs/plan.md derives every term.
 
 With a frozen base the backward pass forms gradients of activations only. So a product with a weight costs as much as in
 the forward pass, not twice as much; products of two activations (attention's scores and sums) cost twice as much; and
@@ -98,8 +98,8 @@ def communication(
 ) -> Communication:
     """What a step communicates.
 
-    Gradients travel in float32. ZeRO-1 reduces them once a step, ZeRO-2 and 3 after each micro-batch; the new weights
-    are gathered once. ZeRO-3 gathers the whole model twice a micro-batch.
+    Gradients travel in float32. ZeRO-1 reduces them once per step, ZeRO-2 and 3 after each micro-batch; the new weights
+    are gathered once. ZeRO-3 gathers the whole model twice per micro-batch.
     """
     share = (sharding.ranks - 1) / sharding.ranks
     times = 1 if sharding.stage == 1 else micro_batches
@@ -111,7 +111,7 @@ def communication(
 
 
 def seconds_of(flops: float, device: Device, dtype: str, efficiency: float) -> float:
-    """Time of so many operations on one GPU."""
+    """Seconds that a number of operations takes on one GPU."""
     return flops / ((device.bf16 if dtype == "bf16" else device.tf32) * efficiency)
 
 

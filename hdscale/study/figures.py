@@ -15,7 +15,7 @@ from hdscale.study.fits import Fit, FitRefused, fit_power_law
 from hdscale.study.rows import RunRow, pareto
 
 EXTRAPOLATE = 4.0
-"""A fit is drawn to so many times the largest x, dashed beyond what was measured."""
+"""A fit is drawn to this multiple of the largest x, dashed beyond what was measured."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ _CACHE: dict[tuple[tuple[str, str], ...], tuple[Architecture, Work]] = {}
 
 
 def mean_row_flops(key: tuple[tuple[str, str], ...], config: Config, mean: float) -> float:
-    """Training FLOPs of a row of so many tokens, source and target in the proportion of their limits."""
+    """Training FLOPs of a row with a mean number of tokens, source and target in the proportion of their limits."""
     if key not in _CACHE:
         _, sides, _ = counted(config)
         _CACHE[key] = (architecture(config), work_of(config, 1, "cuda", sides))

@@ -75,7 +75,7 @@ class Sharding:
     """How DeepSpeed holds the trainables.
 
     Attributes:
-        ranks: W. stage: of ZeRO. offload: masters and moments live in host memory. bucket: elements of a reduction.
+        ranks: W. stage: of ZeRO. offload: masters and moments are in host memory. bucket: elements of a reduction.
     """
 
     ranks: int = 1
@@ -213,7 +213,7 @@ def cuda_workspace(memory: Memory, base: Architecture, e: int, sharding: Shardin
 
 
 def norm_bytes(rows: float, base: Architecture, work: Work) -> float:
-    """A layer norm and the residual stream that it reads: x itself, on a CPU in float32, and one number a row."""
+    """A layer norm and the residual stream that it reads: x itself, on a CPU in float32, and one number per row."""
     kept = 4 if work.device == "cpu" else work.dtype_bytes
     trained = work.dtype_bytes if work.trains_base else 0
     return rows * (base.d_model * (kept + trained) + 4)

@@ -1,4 +1,4 @@
-"""The runs of a study as rows of numbers, and which axis moves which of them."""
+"""The runs of a study as rows of numbers, and which keys each axis changes."""
 
 from __future__ import annotations
 
@@ -163,17 +163,17 @@ def moved_keys(runs: dict[str, dict[str, Any]]) -> dict[str, set[str]]:
 
 
 def axes_of(moved: dict[str, set[str]], *prefixes: str) -> list[str]:
-    """Axes that move a key with one of these beginnings."""
+    """Axes that change a key with one of these beginnings."""
     return [axis for axis, keys in moved.items() if any(key.startswith(prefixes) for key in keys)]
 
 
 def seed_axes(moved: dict[str, set[str]]) -> list[str]:
-    """Axes that repeat a run: they move the seed alone, or nothing."""
+    """Axes that repeat a run: they change the seed alone, or nothing."""
     return [axis for axis, keys in moved.items() if keys <= {"run.seed"}]
 
 
 def budget_axes(moved: dict[str, set[str]]) -> list[str]:
-    """Axes that move the sizes of one method, not the method."""
+    """Axes that change the sizes of a method, but not the method."""
     return [
         axis for axis, keys in moved.items() if "method.name" not in keys and any(k.startswith("method.") for k in keys)
     ]

@@ -41,9 +41,9 @@ class RunStatus:
     """How far a run is.
 
     Attributes:
-        state: waiting, running, queued, interrupted (goes on at the next start), failed, or done.
+        state: waiting, running, queued, interrupted (continues at the next start), failed, or done.
         step: of the last line of its log. max_steps: as planned (0: by epochs).
-        failures: attempts that ended badly. seconds: of training so far.
+        failures: attempts that failed. seconds: of training so far.
         note: why it failed.
         results: of a run that is done.
     """
@@ -87,13 +87,13 @@ class Store:
         return self.folder / run
 
     def open(self, study: Study, extend: bool = False) -> None:
-        """Write the study down, or check that it is the one that lies here.
+        """Write the study down, or check that it is the one in this folder.
 
         Args:
             extend: more runs may have been added.
 
         Raises:
-            UserError: if a study with other runs lies here (the differences are shown), or nothing can be written.
+            UserError: if the folder holds a study with other runs (the differences are shown), or cannot be written.
         """
         if self.record.exists():
             self._check_same(study, self.read(), extend)
@@ -157,7 +157,7 @@ class Store:
     # ---- runs
 
     def status(self, run: str, max_steps: int) -> RunStatus:
-        """The state of a run, from what lies on disk."""
+        """The state of a run, from what is on disk."""
         results = self.results(run)
         last = last_line(self.run_folder(run) / METRICS, "train")
         step = max(int(last.get("step", 0)), newest_step(self.run_folder(run)), 0)

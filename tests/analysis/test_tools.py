@@ -14,10 +14,10 @@ import yaml
 from scipy import stats
 
 from hdscale.analysis.classifier import Pooled, evaluate_classifiers, train_classifiers
-from hdscale.analysis.options import ClassifierOptions
 from hdscale.analysis.compare import comparison_table
 from hdscale.analysis.embeddings import Embedded, colourings, draw, project
 from hdscale.analysis.formats import TextTable, escape_latex, render
+from hdscale.analysis.options import ClassifierOptions
 from hdscale.commands.cli import main
 from hdscale.config import Config, to_dict
 from hdscale.data.tasks import get_task

@@ -95,11 +95,10 @@ def test_an_offset_that_the_data_cannot_tell_from_zero_has_an_interval_from_zero
     assert low == 0.0 and high is not None and high > 0
 
 
-def test_extrapolation_is_marked_and_its_band_is_wider():
+def test_the_band_is_wider_where_it_is_extrapolated():
     x = np.repeat(FIVE_SIZES, 2)
     noise = np.exp(0.02 * np.random.default_rng(2).standard_normal(len(x)))
     fit = fit_power_law(x, curve(x, 0.0, 30.0, 0.1) * noise, "power", draws=300)
-    assert fit.extrapolated([1e7, 6e7, 1e9, 1.1e10, 2e10]).tolist() == [True, False, False, False, True]
     low, high = fit.band([fit.x0, 1e13])
     assert math.log(high[1] / low[1]) > 2 * math.log(high[0] / low[0]) > 0
 

@@ -1,4 +1,4 @@
-"""`hdscale plan`: its memory against measured peaks, its arithmetic against PyTorch's own count, its answers and refusals."""
+"""`hdscale plan`: memory against measured peaks, arithmetic against PyTorch's own count, answers and refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def glue(size: str, *settings: str):
 
 
 def measured_cases(*arguments: str) -> list[dict]:
-    """`hdscale bench memory` in a process of its own: real steps under DeepSpeed, whose process group is one a process."""
+    """`hdscale bench memory` in a process of its own: real steps under DeepSpeed, which has one group per process."""
     done = subprocess.run(
         [sys.executable, "-m", "hdscale", "bench", "memory", "--json", *arguments],
         capture_output=True, text=True, timeout=900, cwd=ROOT,

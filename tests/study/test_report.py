@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from hdscale.errors import UserError
-from hdscale.study import figures
+from hdscale.report.palette import COLOURS
 from hdscale.study.report import write_report
 from hdscale.study.rows import moved_keys, pareto, read_rows, seed_axes
 from hdscale.study.spec import load_study
@@ -165,13 +165,13 @@ def test_colours_differ_for_colour_blind_readers():
     deutan = ((0.29275, 0.70725, 0.0), (0.29275, 0.70725, 0.0), (-0.02234, 0.02234, 1.0))
     for matrix in (protan, deutan):
         seen = []
-        for colour in figures.COLOURS[:6]:
+        for colour in COLOURS[:6]:
             linear = [(int(colour[i : i + 2], 16) / 255) ** 2.2 for i in (1, 3, 5)]
             seen.append([max(0.0, sum(m * v for m, v in zip(row, linear, strict=True))) ** (1 / 2.2) for row in matrix])
         for one in range(len(seen)):
             for other in range(one):
                 distance = sum((a - b) ** 2 for a, b in zip(seen[one], seen[other], strict=True)) ** 0.5
-                assert distance > 0.1, (figures.COLOURS[one], figures.COLOURS[other], distance)
+                assert distance > 0.1, (COLOURS[one], COLOURS[other], distance)
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -29,8 +29,8 @@ def cluster(monkeypatch):
     state = Cluster()
     state.submitted = []
 
-    def launch(config, runs, fresh, dry_run):
-        assert not fresh and not dry_run
+    def launch(config, runs, dry_run):
+        assert not dry_run
         names = [one.run.name for one, _ in runs]
         assert all(one.cluster == config.cluster for one, _ in runs)
         state.submitted.append(names)
@@ -41,7 +41,7 @@ def cluster(monkeypatch):
         )
         return 0
 
-    monkeypatch.setattr(hdscale.launch, "launch", launch)
+    monkeypatch.setattr(hdscale.study.submit, "submit_launch", launch)
     monkeypatch.setattr(hdscale.study.submit, "live_jobs", lambda record: {
         job: word for job, word in state.live.items() if job.split("_")[0] == record.job
     })  # fmt: skip

@@ -80,7 +80,8 @@ class Fit:
     def predict(self, x: Sequence[float] | np.ndarray) -> np.ndarray:
         """The curve at x."""
         theta = to_theta(self.parameters, self.form)
-        return np.exp(log_curve(self._log_x(x), theta[None], self.form)[0])
+        curve: np.ndarray = np.exp(log_curve(self._log_x(x), theta[None], self.form)[0])
+        return curve
 
     def band(self, x: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Interval of the curve (not of a new run) at x, at the fit's level.

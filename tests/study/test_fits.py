@@ -34,7 +34,7 @@ def test_exact_curves_are_recovered(offset, amplitude, alpha):
     np.testing.assert_allclose(fit.predict(new), curve(new, offset, amplitude, alpha), rtol=1e-3)
 
 
-def measured_coverage(form, offset, amplitude, alpha, sizes, seeds, noise, trials, draws):
+def measured_coverage(form, offset, amplitude, alpha, sizes, seeds, noise, trials):
     """Share of noisy draws whose intervals hold the planted values and whose band holds the curve at 4x the size."""
     x = np.repeat(sizes, seeds)
     x0 = math.exp(np.log(x).mean())
@@ -44,7 +44,7 @@ def measured_coverage(form, offset, amplitude, alpha, sizes, seeds, noise, trial
     for trial in range(trials):
         random = np.random.default_rng(trial)
         y = curve(x, offset, amplitude, alpha) * np.exp(noise * random.standard_normal(len(x)))
-        fit = fit_power_law(x, y, form, draws=draws, seed=trial)
+        fit = fit_power_law(x, y, form, draws=200, seed=trial)
         for name in FORMS[form]:
             low, high = fit.intervals[name]
             hits[name] += (low is None or low <= truth[name]) and (high is None or truth[name] <= high)
@@ -55,7 +55,7 @@ def measured_coverage(form, offset, amplitude, alpha, sizes, seeds, noise, trial
 
 def test_intervals_cover_in_a_few_draws():
     trials = 60
-    coverage = measured_coverage("power", 0.0, 30.0, 0.1, FIVE_SIZES, 2, 0.02, trials, draws=200)
+    coverage = measured_coverage("power", 0.0, 30.0, 0.1, FIVE_SIZES, 2, 0.02, trials)
     slack = 3 * math.sqrt(0.95 * 0.05 / trials)
     assert all(0.95 - slack <= share for share in coverage.values()), coverage
 
@@ -71,7 +71,7 @@ def test_intervals_cover_in_a_few_draws():
 )
 def test_intervals_cover_at_their_stated_rate(form, offset, amplitude, alpha, sizes, seeds, noise):
     trials = 150
-    coverage = measured_coverage(form, offset, amplitude, alpha, sizes, seeds, noise, trials, draws=200)
+    coverage = measured_coverage(form, offset, amplitude, alpha, sizes, seeds, noise, trials)
     print(form, len(sizes), seeds, noise, coverage)
     slack = 3 * math.sqrt(0.95 * 0.05 / trials)  # three standard errors of a share of 0.95
     for name, share in coverage.items():

@@ -190,8 +190,11 @@ def test_a_browser_opens_the_page_from_a_file(reported, tmp_path):
     probe = page.with_name("probe.html")
     script = """<script>window.onload = () => {
       const images = [...document.images];
-      document.title = JSON.stringify({images: images.length, decoded: images.filter(i => i.complete && i.naturalWidth > 500).length,
-        overflow: document.documentElement.scrollWidth - window.innerWidth, rows: document.querySelectorAll('tbody tr').length});
+      document.title = JSON.stringify({
+        images: images.length,
+        decoded: images.filter(i => i.complete && i.naturalWidth > 500).length,
+        overflow: document.documentElement.scrollWidth - window.innerWidth,
+        rows: document.querySelectorAll('tbody tr').length});
     }</script></body>"""
     probe.write_text(page.read_text().replace("</body>", script))
     done = subprocess.run(

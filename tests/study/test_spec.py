@@ -75,7 +75,10 @@ def test_combinations_can_be_left_out(tmp_path):
         ({"axes": None}, r"axes must name at least one axis"),
         ({"axes": {"run.seed": [1, 1]}}, r"has 'seed1' twice"),
         ({"axes": {"run.seed": 3}}, r"must be a list of values"),
-        ({"axes": {"size": {"model.name": ["a", "b"], "run.seed": [1]}}}, r"equally many values: model.name has 2, run.seed has 1"),
+        (
+            {"axes": {"size": {"model.name": ["a", "b"], "run.seed": [1]}}},
+            r"equally many values: model.name has 2, run.seed has 1",
+        ),
         ({"axes": {"run.seed": ["one"]}}, r"axes.run.seed, point one"),
         ({"exclude": [{"run.seed": 1}, {"run.seed": 2}]}, r"the grid is empty"),
         ({"exclude": [{"siz": "tiny-1"}]}, r"exclude names the axis 'siz'; did you mean 'size'"),

@@ -50,9 +50,12 @@ def cluster(monkeypatch):
 
 def opened(tmp_path):
     axes = {
-        "size": {"small": {"model.name": "tiny-1", "cluster.gpus_per_node": 1}, "big": {"model.name": "tiny-4", "cluster.gpus_per_node": 8}},
+        "size": {
+            "small": {"model.name": "tiny-1", "cluster.gpus_per_node": 1},
+            "big": {"model.name": "tiny-4", "cluster.gpus_per_node": 8},
+        },
         "run.seed": [1, 2],
-    }  # fmt: skip
+    }
     study = load_study(write_study(tmp_path, axes=axes, limits={"retries": 1}))
     store = Store(study.folder)
     store.open(study)

@@ -1,4 +1,4 @@
-"""analyze compare, tables, embeddings; classify: on runs with known results, and on a tiny untrained model over real text."""
+"""analyze compare, tables, embeddings; classify: on runs with known results, and on a tiny model over real text."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-import re
-
 from tests.helpers.house import (
     EXCEPTIONS,
     MOST_LATE_IMPORTS,

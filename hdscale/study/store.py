@@ -125,7 +125,8 @@ class Store:
             return tree
         except FileNotFoundError:
             raise UserError(
-                f"{self.folder} is not the folder of a study ({self.record} is missing); start it with hdscale study FILE"
+                f"{self.folder} is not the folder of a study ({self.record} is missing); "
+                "start one with hdscale study FILE"
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(

@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "paper"
 
 @dataclass(frozen=True)
 class Column:
-    """A column of scores: its header and where the number stands in a `results.json`.
+    """A column of scores: its header and where its number is in a `results.json`.
 
     `path` is (task, metric) of a task, or (average,) of the averages.
     """

@@ -56,7 +56,7 @@ def compare(
     Args:
         first, second: {task: one score per run}; for paired tests in the same order of seeds.
         test: `paired-t`, `welch` (unequal variances), `wilcoxon` (signed ranks) or `bootstrap` (of the mean
-            difference: paired where both have equally many runs, else each method by itself).
+            difference: paired where both have equally many runs, else each method separately).
         resamples, seed: of the bootstrap.
 
     Raises:

@@ -5,9 +5,9 @@ from __future__ import annotations
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#555555"
-"""Of lines that stand for no group."""
+"""Of lines that belong to no group."""
 PALE = "#999999"
-"""Of what is left over."""
+"""Of the remaining groups."""
 
 
 def style(index: int) -> tuple[str, str]:

@@ -65,7 +65,7 @@ def row_flops(base: Architecture, work: Work, bottleneck: int) -> Flops:
         recomputed += encoder
     if work.checkpointing in ("decoder", "all"):
         recomputed += decoder - head
-    # no gradient flows below the first adapter, which stands in the first block
+    # no gradient flows below the first adapter, which is in the first block
     differentiated = work.encoder_passes * (base.encoder_layers - 1) if work.encoder_dim else 0
     frozen_backward = differentiated * (encoder_layer + encoder_scores) + decoder + base.decoder_layers * decoder_scores
     if work.trains_base:

@@ -72,7 +72,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How DeepSpeed holds the trainables.
+    """How DeepSpeed distributes the trainable parameters.
 
     Attributes:
         ranks: W. stage: of ZeRO. offload: masters and moments are in host memory. bucket: elements of a reduction.

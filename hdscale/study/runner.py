@@ -22,7 +22,7 @@ POLL_SECONDS = 0.25
 
 
 class LocalRunner:
-    """Trains the runs of a study that are not done, `parallel` at a time, each in a process of its own.
+    """Trains the runs of a study that are not done, `parallel` at a time, each in a separate process.
 
     Args:
         study: expanded. store: its folder, opened. parallel: runs at a time.
@@ -154,7 +154,7 @@ class LocalRunner:
         """Have every run save a checkpoint, wait for them, and leave."""
         self.say(f"{asked.name}: the runs save and stop (again: kill them); run the same command to continue")
         for job in self.pool.stop():
-            # being stopped is no failure of the run's, whatever its exit code
+            # a run that is stopped has not failed, whatever its exit code
             code = EXIT_DONE if job.code == EXIT_DONE else EXIT_PREEMPTED
             self.store.note(job.name, "end", code=code, note="stopped")
         return EXIT_PREEMPTED

@@ -276,7 +276,9 @@ def read_excluded(tree: Any, axes: dict[str, list[Point]], path: Path) -> list[d
             names = [one.name for one in axes[axis]]
             text = safe(str(name)) if safe(str(name)) in names else label(str(axis), name)
             if text not in names:
-                raise UserError(f"{path}: exclude names {axis}: {name}, which is no point of it{nearest(text, names)}")
+                raise UserError(
+                    f"{path}: exclude names {axis}: {name}, which is not one of its points{nearest(text, names)}"
+                )
             clean[axis] = text
         rules.append(clean)
     return rules

@@ -93,7 +93,7 @@ class Store:
             extend: more runs may have been added.
 
         Raises:
-            UserError: if the folder holds a study with other runs (the differences are shown), or cannot be written.
+            UserError: if the folder has a study with other runs (the differences are shown), or cannot be written.
         """
         if self.record.exists():
             self._check_same(study, self.read(), extend)
@@ -125,7 +125,8 @@ class Store:
             return tree
         except FileNotFoundError:
             raise UserError(
-                f"{self.folder} holds no study ({self.record} is missing); start it with hdscale study FILE"
+                f"{self.folder} is not the folder of a study ({self.record} is missing); "
+                "start one with hdscale study FILE"
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -206,10 +207,10 @@ class Store:
         path = self.attempts(run)
         path.parent.mkdir(parents=True, exist_ok=True)
         line = {"event": event, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **details}
-        # a line torn by a kill must not swallow the next one
-        torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+        # a line that a kill cut off must not swallow the next one
+        cut_off = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
         with path.open("a") as file:
-            file.write(("\n" if torn else "") + json_line(line))
+            file.write(("\n" if cut_off else "") + json_line(line))
 
     def retry(self, study: Study) -> None:
         """Give the runs that have failed their attempts anew."""
@@ -218,7 +219,7 @@ class Store:
                 self.note(run.name, "retry")
 
     def hold(self, run: str) -> int | None:
-        """Lock a run: a file descriptor, or None where another process holds the lock.
+        """Lock a run: a file descriptor, or None where another process has the lock.
 
         Unlike a lock of `hdscale.files.locked`, it can be handed on: a child that inherits the descriptor keeps the
         lock for as long as it lives, also when this process is killed.
@@ -273,7 +274,7 @@ def given_up(status: RunStatus, retries: int) -> bool:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file that can be read: a kill may have torn one."""
+    """The lines of a JSON-lines file that can be read: a kill may have cut one off."""
     lines = []
     try:
         text = path.read_text(errors="replace")

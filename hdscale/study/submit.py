@@ -36,7 +36,7 @@ def check_study(study: Study, local: bool) -> None:
 
 
 def submit(study: Study, store: Store, dry_run: bool = False) -> int:
-    """Submit what is neither done, nor queued or running, nor given up.
+    """Submit the runs that are not done, queued, running or failed for good.
 
     Pre-empted jobs requeue themselves. A run that failed is submitted again at the next start of the study, at most
     `limits.retries` times.

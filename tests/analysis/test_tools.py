@@ -130,7 +130,7 @@ def test_tables_put_runs_beside_the_paper(tmp_path, capsys):
         "–",
     )
     assert found["trainable"] == "2.87%"
-    # the same runs stand in Tables 8, 9 and 13 too, and the classifier's in Table 7
+    # the same runs are in Tables 8, 9 and 13 too, and the classifier's in Table 7
     titles = [line for line in printed.splitlines() if line.startswith("# Table")]
     assert [title.split(":")[0] for title in titles] == [
         "# Table 1",
@@ -273,7 +273,7 @@ def test_embeddings_of_a_run(real_run, capsys, tmp_path):
     with (tmp_path / "coordinates.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 36 and {row["task"] for row in rows} == {"rte", "mrpc", "stsb"}
-    assert len({(row["pca_x"], row["pca_y"]) for row in rows}) > 30  # an instance has an embedding of its own
+    assert len({(row["pca_x"], row["pca_y"]) for row in rows}) > 30  # each instance has its own embedding
     import matplotlib.image
 
     assert matplotlib.image.imread(tmp_path / "pca_by_task.png").shape[:2] == (780, 1200)

@@ -35,7 +35,7 @@ def test_exact_curves_are_recovered(offset, amplitude, alpha):
 
 
 def measured_coverage(form, offset, amplitude, alpha, sizes, seeds, noise, trials):
-    """Share of noisy draws whose intervals hold the planted values and whose band holds the curve at 4x the size."""
+    """Share of noisy draws whose intervals contain the planted values and whose band contains the curve at 4x size."""
     x = np.repeat(sizes, seeds)
     x0 = math.exp(np.log(x).mean())
     truth = {"E": offset, "A": amplitude * x0**-alpha, "alpha": alpha}

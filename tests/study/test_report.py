@@ -70,7 +70,7 @@ def test_the_page_holds_its_pictures_and_its_links_lead_somewhere(reported):
 def test_fits_find_the_planted_exponent_and_mark_extrapolation(reported):
     words = Page(reported[2].read_text()).words
     exponents = re.findall(r"L = [\d.]+ \(N / 1\.1\de\+06\)\^-(0\.\d+)", words)
-    assert len(exponents) == 2  # one a method
+    assert len(exponents) == 2  # one per method
     assert all(abs(float(value) - 0.2) < 0.03 for value in exponents)
     assert "beyond 4.3e+06 it is extrapolation" in words and "95% bootstrap" in words
 
@@ -110,7 +110,7 @@ def test_an_unfinished_study_is_reported_as_far_as_it_is(tmp_path):
 def test_nothing_to_report(tmp_path):
     study = load_study(write_study(tmp_path))
     store = Store(study.folder)
-    with pytest.raises(UserError, match="holds no study"):
+    with pytest.raises(UserError, match="is not the folder of a study"):
         write_report(store)
     store.open(study)
     with pytest.raises(UserError, match="no run of .* is done yet"):

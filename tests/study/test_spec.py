@@ -82,7 +82,7 @@ def test_combinations_can_be_left_out(tmp_path):
         ({"axes": {"run.seed": ["one"]}}, r"axes.run.seed, point one"),
         ({"exclude": [{"run.seed": 1}, {"run.seed": 2}]}, r"the grid is empty"),
         ({"exclude": [{"siz": "tiny-1"}]}, r"exclude names the axis 'siz'; did you mean 'size'"),
-        ({"exclude": [{"size": "tiny-3"}]}, r"exclude names size: tiny-3, which is no point"),
+        ({"exclude": [{"size": "tiny-3"}]}, r"exclude names size: tiny-3, which is not one of its points"),
         ({"limits": {"runs": 3}}, r"12 runs, and limits.runs is 3"),
         ({"limits": {"retry": 3}}, r"limits.retry'; did you mean 'retries'"),
         ({"limits": {"retries": "many"}}, r"must be a whole number"),

@@ -89,7 +89,7 @@ def test_failures_are_counted_and_a_run_is_given_up(tmp_path, cluster):
         submit(study, store)
         for folder in (store.folder / "launches").iterdir():
             write_state(folder, 0, RunState(outcome="failed", code=1, reason="it broke"))
-    # the first of each array fails at its two starts (retries 1) and is given up
+    # the first of each array fails at its two starts (retries 1) and is not submitted again
     assert sum("small_seed1" in names for names in cluster.submitted) == 2
     assert statuses(store)["small_seed1"].state == "failed"
     assert "it broke" in statuses(store)["small_seed1"].note

@@ -41,7 +41,7 @@ def plan_runs(path: str, overrides: list[str], sweep: list[str]) -> tuple[Config
     """(the launch's own configuration, [(configuration, swept settings) of each run])."""
     config = load_config(path, overrides)
     if config.run.name == LAUNCHES:
-        raise UserError(f"run.name={LAUNCHES} is taken: the folder of that name holds the records of launches")
+        raise UserError(f"run.name={LAUNCHES} is taken: the folder of that name has the records of launches")
     if not sweep:
         return config, [(config, [])]
     # the runs of a sweep share a folder that is called after the launch

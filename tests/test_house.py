@@ -40,6 +40,16 @@ def test_exceptions_are_in_use() -> None:
     assert EXCEPTIONS - {(one.file, one.target) for one in read_house().inside} == set()
 
 
+def test_moved_paths_of_the_changelog_exist() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    table = text.partition("### Moved Python paths")[2].partition("\n## ")[0]
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| `")]
+    named = {path for row in rows for path in re.findall(r"`(hdscale\.[\w.]+)`", row)}
+    files = read_house().files
+    assert len(named) > 40
+    assert {path for path in named if path not in files and path.rpartition(".")[0] not in files} == set()
+
+
 def test_contributing_names_every_room_and_the_order() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for room in {room_of(name) for name in read_house().files} - {"", "__main__"}:

@@ -96,7 +96,7 @@ def test_killed_in_mid_step_and_run_again_gives_the_same_losses(rank_pool, setti
     rank_pool(2).run(JOB, {"overrides": overrides, "kill_at": 7}, may_die=True)
     results = rank_pool(2).run(JOB, {"overrides": overrides})
     assert results[0]["code"] == 0
-    # the last session went on from step 6: the two steps that the second one had not saved, no more
+    # the last session resumed from step 6: the two steps that the second one had not saved, no more
     assert results[0]["order"] == undisturbed[1][6:]
     assert losses(tmp_path / "run") == losses(undisturbed[0])
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "run", undisturbed[0]))

@@ -1,1 +1,1 @@
-"""The analysis room: embeddings, tables of the paper."""
+"""Finished runs, looked at: embeddings, comparisons over seeds, classifiers, the paper's tables."""

@@ -20,10 +20,8 @@ from hdscale.data.tokenize import tokenized_split
 from hdscale.errors import UserError
 from hdscale.evaluation.generation import Decoder, model_device, pad_sources, task_decoding
 from hdscale.load import Choice, Loaded
+from hdscale.report.palette import PALE, style
 
-# Okabe and Ito's palette; tasks beyond it get other markers
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-MARKERS = ("o", "^", "s", "D", "v", "P")
 LARGEST_LEGEND = 24
 PERPLEXITY = 30.0
 
@@ -129,12 +127,13 @@ def draw(points: np.ndarray, colouring: Colouring, method: str, title: str) -> F
     size = float(np.clip(4000.0 / total, 4.0, 30.0))
     for number, name in enumerate(names):
         chosen = points[groups[name]]
+        colour, marker = style(number)
         axes.scatter(
             chosen[:, 0],
             chosen[:, 1],
             s=size,
-            c="#999999" if name == "(others)" else COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
+            c=PALE if name == "(others)" else colour,
+            marker=marker,
             alpha=0.7,
             linewidths=0,
             label=f"{name if len(name) <= 24 else name[:23] + '…'} ({len(groups[name])})",

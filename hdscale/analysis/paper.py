@@ -14,12 +14,11 @@ from hdscale.errors import UserError, nearest
 ASSET = Path(__file__).resolve().parent / "assets" / "paper.yaml"
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "paper"
 """One configuration for each row that is trained (in the repository; an installed package has none)."""
-"""Largest difference, in points, between a printed share of trainable parameters and the exact one."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of scores: its header and where the number stands in a `results.json`.
+    """A column of scores: its header and where its number is in a `results.json`.
 
     `path` is (task, metric) of a task, or (average,) of the averages.
     """

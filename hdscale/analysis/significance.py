@@ -54,9 +54,9 @@ def compare(
     """Compare two methods task by task.
 
     Args:
-        first, second: {task: one score a run}; for paired tests in the same order of seeds.
+        first, second: {task: one score per run}; for paired tests in the same order of seeds.
         test: `paired-t`, `welch` (unequal variances), `wilcoxon` (signed ranks) or `bootstrap` (of the mean
-            difference: paired where both have equally many runs, else each method by itself).
+            difference: paired where both have equally many runs, else each method separately).
         resamples, seed: of the bootstrap.
 
     Raises:

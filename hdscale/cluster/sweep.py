@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from hdscale.errors import UserError
+
+Point = TypeVar("Point")
+
+
+def grid(axes: Mapping[str, Sequence[Point]]) -> Iterator[dict[str, Point]]:
+    """Every combination of one point from each axis, the last axis changing fastest: {axis: its point}."""
+    for row in itertools.product(*axes.values()):
+        yield dict(zip(axes, row, strict=True))
 
 
 def expand(axes: list[str]) -> list[tuple[str, list[str]]]:
@@ -32,7 +42,10 @@ def expand(axes: list[str]) -> list[tuple[str, list[str]]]:
             raise UserError(f"--sweep cannot set {key}: the runs are named after what is swept")
         if key.startswith("cluster."):
             raise UserError(f"--sweep cannot set {key}: the jobs of an array are alike; launch once a value")
-    runs = [(name_of(row), [f"{key}={value}" for key, value in row]) for row in itertools.product(*columns)]
+    runs = [
+        (name_of(tuple(row.items())), [f"{key}={value}" for key, value in row.items()])
+        for row in grid({column[0][0]: [value for _, value in column] for column in columns})
+    ]
     names = [name for name, _ in runs]
     for name in names:
         if names.count(name) > 1:

@@ -19,6 +19,7 @@ from hdscale.resolve import resolve_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
     add_config_arguments(parser, required=False)
     parser.add_argument(
         "--all", action="store_true", help="the percentage column of Tables 1-3, 13, 14 and 16, row by row"
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """The verb."""
     if args.all:
         if args.config or args.overrides:
             raise UserError("params --all counts the rows of configs/paper; leave out --config and key=value")

@@ -14,9 +14,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from hdscale.errors import EXIT_DONE, UserError
+from hdscale.errors import EXIT_BROKEN, EXIT_DONE, UserError
+from hdscale.study.runner import LocalRunner
 from hdscale.study.spec import Study, load_study
+from hdscale.study.status import show_status, status_table
 from hdscale.study.store import Store
+from hdscale.study.submit import check_study, submit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,86 +30,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--local", type=int, metavar="N", help="run here, N runs at a time, instead of on SLURM")
     how.add_argument("--status", action="store_true", help="show how far every run is; live on a terminal")
     how.add_argument("--dry-run", action="store_true", help="check everything, list the runs, start none")
-    parser.add_argument("--extend", action="store_true", help="the file has more runs than the study that lies there")
-    parser.add_argument("--retry", action="store_true", help="try runs again that were given up")
+    parser.add_argument("--extend", action="store_true", help="the file has more runs than the study in the folder")
+    parser.add_argument("--retry", action="store_true", help="start runs again that failed too often")
 
 
 def run(args: argparse.Namespace) -> int:
     """The verb."""
     if args.target[0] == "report":
-        from hdscale.study.report import write_report
-
         if len(args.target) != 2:
             raise UserError("name the folder of one study: hdscale study report runs/quick")
-        print(f"wrote {write_report(Store(args.target[1]))}")
-        return EXIT_DONE
+        return report(Store(args.target[1]))
     if len(args.target) != 1:
         raise UserError(f"one study at a time, not {len(args.target)}; or: hdscale study report DIR")
     target = Path(args.target[0])
     if args.status:
-        from hdscale.study.status import show_status
-
-        # a folder shows the study that lies in it, also where its file has changed or is gone
+        # a folder shows the study that is in it, also where its file has changed or is gone
         return show_status(Store(target if target.is_dir() else load_study(target, args.dir).folder))
+    if args.local is not None and args.local < 1:
+        raise UserError(f"--local {args.local}: at least one run at a time")
     study = load_study(target, args.dir)
-    check(study, local=args.local is not None or args.dry_run)
+    check_study(study, local=args.local is not None or args.dry_run)
     if args.dry_run:
         for one in study.runs:
             print(one.name)
         print(f"{len(study.runs)} runs in {study.folder}")
         return EXIT_DONE
-    if args.local is not None and args.local < 1:
-        raise UserError(f"--local {args.local}: at least one run at a time")
     store = Store(study.folder)
     store.open(study, args.extend)
     if args.retry:
-        for one in study.runs:
-            if store.history(one.name)[0]:
-                store.note(one.name, "retry")
+        store.retry(study)
     if args.local is None:
-        from hdscale.study.submit import submit
-
         return submit(study, store)
     return run_here(study, store, args.local)
 
 
-def check(study: Study, local: bool) -> None:
-    """Whatever `hdscale train` would refuse, before the first run starts: data, model and engine of every run.
+def report(store: Store) -> int:
+    """Write the report and say where it is."""
+    # torch and matplotlib: a study is started, submitted and watched without them
+    from hdscale.study.report import write_report
 
-    Args:
-        local: one process a run, whatever `cluster` says.
-    """
-    import dataclasses
-
-    from hdscale.launch import check_runs
-
-    configs = [one.config for one in study.runs]
-    if local:
-        configs = [
-            dataclasses.replace(
-                config,
-                cluster=dataclasses.replace(config.cluster, nodes=1, gpus_per_node=0, tasks_per_node=1),
-            )
-            for config in configs
-        ]
-    check_runs(configs)
+    print(f"wrote {write_report(store)}")
+    return EXIT_DONE
 
 
 def run_here(study: Study, store: Store, parallel: int) -> int:
     """Run on this machine, with a live table on a terminal and lines of news elsewhere; then the report."""
-    from hdscale.study.report import write_report
-    from hdscale.study.runner import LocalRunner
-    from hdscale.study.status import status_table
-
     console = Console()
     if console.is_terminal:
         with Live(status_table(store), console=console, refresh_per_second=2) as live:
-            runner = LocalRunner(
-                study, store, parallel, say=console.print, tick=lambda: live.update(status_table(store))
-            )
-            code = runner.run()
+
+            def tick() -> None:
+                live.update(status_table(store))
+
+            code = LocalRunner(study, store, parallel, say=console.print, tick=tick).run()
     else:
         code = LocalRunner(study, store, parallel, say=lambda text: print(text, flush=True)).run()
-    if code in (EXIT_DONE, 1) and any(store.results(one.name) for one in study.runs):
-        print(f"wrote {write_report(store)}")
+    if code in (EXIT_DONE, EXIT_BROKEN) and any(store.results(one.name) for one in study.runs):
+        report(store)
     return code

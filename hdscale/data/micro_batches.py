@@ -1,4 +1,4 @@
-"""A global batch dealt out to ranks and cut into micro-batches of rows of like length."""
+"""A global batch distributed to ranks and cut into micro-batches of rows of similar length."""
 
 from __future__ import annotations
 

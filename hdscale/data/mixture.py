@@ -12,7 +12,7 @@ from hdscale.data.tokenize import TokenizedSplit
 from hdscale.errors import UserError
 
 EPOCH_ORDER, SUBSET, WEIGHTED_DRAW, BATCH_TASK = 1, 2, 3, 4
-"""Purposes of random numbers: each has a stream of its own."""
+"""Purposes of random numbers: each has a separate stream."""
 DRAWS = 4096
 """Positions whose weighted draws are made at once."""
 
@@ -21,7 +21,7 @@ class Mixture:
     """The training rows of several tasks, mixed.
 
     With `temperature` 1 the sets are concatenated and shuffled anew in each epoch: every row is seen once an
-    epoch, and tasks stand in proportion to their sizes (Section 3.1). Otherwise each row is drawn with
+    epoch, and tasks are in proportion to their sizes (Section 3.1). Otherwise each row is drawn with
     replacement: its task with probability proportional to `size ** (1 / temperature)`, then one of its rows.
 
     Args:

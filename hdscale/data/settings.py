@@ -40,7 +40,7 @@ class DataSettings(Settings):
         above=0,
     )
     single_task_batches: bool = setting(
-        False, "each global batch holds a single task, drawn with the same shares (Hyperformer's own setting)"
+        False, "each global batch has a single task, drawn with the same shares (Hyperformer's own setting)"
     )
     task_prefix: bool = setting(
         True, "sources of GLUE and NLI begin with the task's name (Hyperformer's authors leave it out)"

@@ -56,7 +56,7 @@ class DecodingLimits:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Which rows make up a split.
+    """Which rows a split consists of.
 
     `origins` are the data set's own splits (or the keys of a task's `files`), joined in this order. `part`
     cuts them by a shuffle with `seed`: `all`; `first_half` and `second_half` (the first is the smaller of an
@@ -153,7 +153,7 @@ class Task:
     decoding: DecodingLimits = DecodingLimits()
     repo: str | None = None
     configs: tuple[str, ...] = ()
-    """Folders of the repository that may hold the files, the first that does is used ("" is the top)."""
+    """Folders of the repository where the files may be; the first that has them is used ("" is the top)."""
     revision: str | None = None
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """{own split name: files} of a task whose data are not on the hub."""

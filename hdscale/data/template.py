@@ -39,7 +39,7 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def lookup(row: Mapping[str, Any], path: str, where: str) -> Any:
-    """The value of a column; `answers.text` looks inside a column that holds a mapping."""
+    """The value of a column; `answers.text` looks inside a column whose value is a mapping."""
     value: Any = row
     for part in path.split("."):
         if not isinstance(value, Mapping) or part not in value:

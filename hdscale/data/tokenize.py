@@ -44,7 +44,7 @@ def load_tokenizer(name: str | None, revision: str | None = None) -> Any:
         name: folder or hub id (`model.tokenizer`, else `model.name`).
 
     Raises:
-        UserError: there is none, or it needs a program of its own (never run).
+        UserError: there is none, or it needs its own program (never run).
     """
     # here, because tokenised splits are also read where no tokenizer is needed
     from transformers import AutoTokenizer
@@ -101,7 +101,7 @@ class TokenizedSplit:
         """Open a cache entry.
 
         Raises:
-            ValueError: it is torn: a file is missing or has another size than noted.
+            ValueError: it is incomplete: a file is missing or has another size than recorded.
         """
         try:
             meta = json.loads((folder / META).read_text())
@@ -163,7 +163,7 @@ def tokenized_split(task: Task, split: str, tokenizer: Any, settings: DataSettin
     """A split as token ids, from the cache, or built into it.
 
     The first process that comes builds, under a file lock; the others wait and map the same files. The entry
-    appears by a rename, whole or not at all; a torn one (a full disk, a copied cache) is built again.
+    appears by a rename, complete or not at all; an incomplete one (a full disk, a copied cache) is built again.
 
     Raises:
         UserError: a row that cannot be used, a cache that cannot be written, lengths below 2 tokens.

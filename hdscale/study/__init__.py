@@ -1,1 +1,1 @@
-"""The study room: planning, sweeps, fits, report."""
+"""Plans of a run; studies of many runs: their file, their start, their state, fits and report."""

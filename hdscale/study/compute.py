@@ -1,8 +1,9 @@
-"""Floating-point operations, time and communication of a step. docs/plan.md derives every term.
+"""Floating-point operations, time and communication of one step. docs/plan.md derives every term.
 
-With a frozen base the backward pass forms gradients of activations only: a product with a weight costs what it does in the
-forward pass, not twice that; products of two activations (attention's scores and sums) cost twice; and nothing is due before
-the first adapter. Adapters and the hypernetwork train: their backward is twice the forward.
+With a frozen base the backward pass forms gradients of activations only. So a product with a weight costs as much as in
+the forward pass, not twice as much; products of two activations (attention's scores and sums) cost twice as much; and
+nothing is computed before the first adapter. Adapters and the hypernetwork train: their backward pass costs twice the
+forward pass.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def row_flops(base: Architecture, work: Work, bottleneck: int) -> Flops:
         recomputed += encoder
     if work.checkpointing in ("decoder", "all"):
         recomputed += decoder - head
-    # no gradient flows below the first adapter, which stands in the first block
+    # no gradient flows below the first adapter, which is in the first block
     differentiated = work.encoder_passes * (base.encoder_layers - 1) if work.encoder_dim else 0
     frozen_backward = differentiated * (encoder_layer + encoder_scores) + decoder + base.decoder_layers * decoder_scores
     if work.trains_base:
@@ -97,8 +98,8 @@ def communication(
 ) -> Communication:
     """What a step communicates.
 
-    Gradients travel in float32. ZeRO-1 reduces them once a step, ZeRO-2 and 3 after each micro-batch; the new weights
-    are gathered once. ZeRO-3 gathers the whole model twice a micro-batch.
+    Gradients travel in float32. ZeRO-1 reduces them once per step, ZeRO-2 and 3 after each micro-batch; the new weights
+    are gathered once. ZeRO-3 gathers the whole model twice per micro-batch.
     """
     share = (sharding.ranks - 1) / sharding.ranks
     times = 1 if sharding.stage == 1 else micro_batches
@@ -110,12 +111,15 @@ def communication(
 
 
 def seconds_of(flops: float, device: Device, dtype: str, efficiency: float) -> float:
-    """Time of so many operations on one GPU."""
+    """Seconds that a number of operations takes on one GPU."""
     return flops / ((device.bf16 if dtype == "bf16" else device.tf32) * efficiency)
 
 
 def decoding_seconds(base: Architecture, rows: float, tokens: float, batch: int, e: int, device: Device) -> float:
-    """Time of greedy decoding on one GPU beside the encoder's pass: each token reads the decoder's weights once a batch."""
+    """Time of greedy decoding on one GPU, without the encoder's pass.
+
+    For each token of a batch the decoder's weights are read once.
+    """
     inner = base.heads * base.d_kv
     weights = base.decoder_layers * (8 * base.d_model * inner + (3 if base.gated else 2) * base.d_model * base.d_ff)
     weights += base.d_model * base.vocabulary

@@ -1,52 +1,31 @@
-"""The report's pictures: a palette that colour-blind readers tell apart, and a marker besides each colour."""
+"""Pictures of a study's report: scaling curves with fits, the plan beside measurements, methods, the Pareto front."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from hdscale.report.palette import GREY, style
+from hdscale.report.pictures import SIZE, Picture, fit_limits, legend, new_figure, plain_log_ticks
 from hdscale.study.fits import Fit, FitRefused, fit_power_law
-from hdscale.study.rows import Row, pareto
+from hdscale.study.rows import RunRow, pareto
 
-# Okabe and Ito's palette, the dark ones first
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8C6D31")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 EXTRAPOLATE = 4.0
-"""A fit is drawn to so many times the largest x, dashed beyond what was measured."""
-
-SIZE = (7.2, 4.4)
-"""Inches."""
-
-
-@dataclass
-class Picture:
-    """A figure with what the page says beside it.
-
-    Attributes:
-        name: of its PNG. title: heading. figure: drawn. notes: lines below it, such as fitted curves.
-    """
-
-    name: str
-    title: str
-    figure: Figure
-    notes: list[str] = field(default_factory=list)
+"""A fit is drawn to this multiple of the largest x, dashed beyond what was measured."""
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that a row has: how to read it, and how an axis calls it."""
+    """Something that a row has: its name, the label of its axis, its symbol in formulas, and how to read it."""
 
     name: str
     label: str
     symbol: str
-    read: Callable[[Row], float | None]
+    read: Callable[[RunRow], float | None]
 
 
 PARAMETERS = Quantity("model size", "parameters of the base", "N", lambda row: row.parameters)
@@ -61,16 +40,45 @@ LOSS = Quantity("loss", "training loss at the end (nats per token)", "L", lambda
 ERROR = Quantity("error", "test error, 100 - average score (points)", "e", lambda row: row.error)
 
 
-def scaling(
-    rows: Sequence[Row], x: Quantity, y: Quantity, group: Callable[[Row], str], unit: str = ""
-) -> Picture | None:
-    """y against x on logarithmic axes, a colour a group, with a power law for each group that can carry one.
+@dataclass(frozen=True)
+class Planned:
+    """Something that is measured and that the plan predicts.
+
+    Attributes:
+        name: of the quantity. label: of the axis. column: of the picture's file.
+        measured, planned: read it from a row.
+    """
+
+    name: str
+    label: str
+    column: str
+    measured: Callable[[RunRow], float | None]
+    planned: Callable[[RunRow], float | None]
+
+
+THROUGHPUT = Planned(
+    "throughput",
+    "training throughput (rows per second, all ranks)",
+    "samples_per_second",
+    lambda row: row.samples_per_second,
+    lambda row: row.planned_samples_per_second,
+)
+MEMORY = Planned(
+    "memory",
+    "memory per rank (GB)",
+    "memory_gb",
+    lambda row: row.memory_gb,
+    lambda row: row.planned_memory_gb,
+)
+
+
+def scaling(rows: Sequence[RunRow], x: Quantity, y: Quantity, group: Callable[[RunRow], str]) -> Picture | None:
+    """y against x on logarithmic axes, one colour per group, with a power law where a group has enough points for it.
 
     Returns:
         None where x does not vary or nothing has both.
     """
-    points = [(row, x.read(row), y.read(row)) for row in rows]
-    points = [(row, a, b) for row, a, b in points if a and b and a > 0 and b > 0]
+    points = [(row, a, b) for row in rows if (a := x.read(row)) and (b := y.read(row)) and a > 0 and b > 0]
     if len({a for _, a, _ in points}) < 2:
         return None
     figure, axes = new_figure()
@@ -101,9 +109,9 @@ def scaling(
     handles = [Line2D([], [], color=style(i)[0], marker=style(i)[1], linestyle="none") for i in range(len(labels))]
     drawn = [note for note in notes if "no fit" not in note]
     if drawn:
-        handles += [Line2D([], [], color="#555555"), Line2D([], [], color="#555555", linestyle="--")]
+        handles += [Line2D([], [], color=GREY), Line2D([], [], color=GREY, linestyle="--")]
         labels += ["fit with its 95% band", "extrapolation"]
-    legend(figure, axes, handles, labels)
+    legend(figure, handles, labels)
     return Picture(f"{y.name}_by_{x.name}".replace(" ", "_"), f"{y.name.capitalize()} against {x.name}", figure, notes)
 
 
@@ -135,12 +143,11 @@ def interval(ends: tuple[float | None, float | None]) -> str:
     return f"[{'-∞' if low is None else f'{low:.3g}'}, {'∞' if high is None else f'{high:.3g}'}]"
 
 
-def against_plan(
-    rows: Sequence[Row], measured: str, planned: str, label: str, title: str, group: Callable[[Row], str]
-) -> Picture | None:
+def against_plan(rows: Sequence[RunRow], quantity: Planned, group: Callable[[RunRow], str]) -> Picture | None:
     """A measured quantity against model size, filled, with the plan's prediction, hollow."""
-    points = [(row, getattr(row, measured), getattr(row, planned)) for row in rows]
-    points = [(row, value, plan) for row, value, plan in points if value and row.parameters > 0]
+    points = [
+        (row, value, quantity.planned(row)) for row in rows if (value := quantity.measured(row)) and row.parameters > 0
+    ]
     if not points:
         return None
     figure, axes = new_figure()
@@ -166,26 +173,30 @@ def against_plan(
     axes.set_yscale("log")
     plain_log_ticks(axes)
     axes.set_xlabel("parameters of the base (groups set side by side)" if len(labels) > 1 else "parameters of the base")
-    axes.set_ylabel(label)
+    axes.set_ylabel(quantity.label)
     handles = [Line2D([], [], color=style(i)[0], marker=style(i)[1], linestyle="none") for i in range(len(labels))]
     notes = []
     if not ratios:
-        notes.append("no prediction beside it: the plan has figures for GPUs, and for none of " + kinds_of(rows))
+        notes.append(f"no prediction beside it: the plan has no figures for {kinds_of(rows)}")
     if ratios:
-        handles.append(Line2D([], [], color="#555555", marker="o", markerfacecolor="none", linestyle=":"))
+        handles.append(Line2D([], [], color=GREY, marker="o", markerfacecolor="none", linestyle=":"))
         labels.append("plan")
         notes.append(
             f"measured over planned: {min(ratios):.2f} to {max(ratios):.2f}, median {float(np.median(ratios)):.2f}"
         )
-    legend(figure, axes, handles, labels)
-    return Picture(f"{measured}_by_model_size", title, figure, notes)
+    legend(figure, handles, labels)
+    return Picture(
+        f"{quantity.column}_by_model_size", f"{quantity.name.capitalize()} against model size", figure, notes
+    )
 
 
-def side_by_side(rows: Sequence[Row], size: Callable[[Row], str], method: Callable[[Row], str]) -> Picture | None:
-    """Test scores of the methods beside each other, a cluster a size: each seed a point, the mean a bar."""
-    own = [row for row in rows if row.average is not None]
-    sizes = list(dict.fromkeys(size(row) for row in sorted(own, key=lambda row: row.parameters)))
-    methods = list(dict.fromkeys(method(row) for row in own))
+def side_by_side(
+    rows: Sequence[RunRow], size: Callable[[RunRow], str], method: Callable[[RunRow], str]
+) -> Picture | None:
+    """Test scores of the methods beside each other, grouped by size: each run is a point, their mean a bar."""
+    own = [(row, row.average) for row in rows if row.average is not None]
+    sizes = list(dict.fromkeys(size(row) for row, _ in sorted(own, key=lambda pair: pair[0].parameters)))
+    methods = list(dict.fromkeys(method(row) for row, _ in own))
     if len(methods) < 2:
         return None
     figure, axes = new_figure(width=max(SIZE[0], 1.2 * len(sizes) + 3))
@@ -194,110 +205,61 @@ def side_by_side(rows: Sequence[Row], size: Callable[[Row], str], method: Callab
     for index, name in enumerate(methods):
         colour, marker = style(index)
         for place, one in enumerate(sizes):
-            values = [row.average for row in own if size(row) == one and method(row) == name]
+            values = [score for row, score in own if size(row) == one and method(row) == name]
             if not values:
                 continue
             x = place + (index - (len(methods) - 1) / 2) * width
             mean = float(np.mean(values))
             axes.plot([x - 0.4 * width, x + 0.4 * width], [mean, mean], color=colour, linewidth=2.5)
             axes.plot([x] * len(values), values, marker, color=colour, markersize=5, alpha=0.6, linestyle="none")
-        percents = [row.percent for row in own if method(row) == name]
+        percents = [row.percent for row, _ in own if method(row) == name]
         notes.append(f"{name}: {min(percents):.3g}% to {max(percents):.3g}% trainable")
     axes.set_xticks(range(len(sizes)), sizes, rotation=0 if len("".join(sizes)) < 70 else 20)
     axes.set_xlim(-0.6, len(sizes) - 0.4)
     axes.set_xlabel("size of the base")
     axes.set_ylabel("test average (points)")
     handles = [Line2D([], [], color=style(i)[0], marker=style(i)[1]) for i in range(len(methods))]
-    legend(figure, axes, handles, [*methods])
+    legend(figure, handles, [*methods])
     return Picture("methods_side_by_side", "Methods side by side", figure, notes)
 
 
-def pareto_front(rows: Sequence[Row], group: Callable[[Row], str]) -> Picture | None:
+def pareto_front(rows: Sequence[RunRow], group: Callable[[RunRow], str]) -> Picture | None:
     """Test scores against device-hours, and the runs that no other beats in both."""
-    own = [row for row in rows if row.average is not None and row.device_hours > 0]
+    own = [(row, row.average) for row in rows if row.average is not None and row.device_hours > 0]
     if len(own) < 2:
         return None
     figure, axes = new_figure()
-    labels = list(dict.fromkeys(group(row) for row in own))
+    labels = list(dict.fromkeys(group(row) for row, _ in own))
     for index, name in enumerate(labels):
-        members = [row for row in own if group(row) == name]
+        members = [(row.device_hours, score) for row, score in own if group(row) == name]
         colour, marker = style(index)
         axes.plot(
-            [row.device_hours for row in members], [row.average for row in members], marker,
+            [hours for hours, _ in members], [score for _, score in members], marker,
             color=colour, markersize=6, alpha=0.75, linestyle="none",
         )  # fmt: skip
-    front = pareto([row.device_hours for row in own], [row.average for row in own])
+    front = pareto([row.device_hours for row, _ in own], [score for _, score in own])
     axes.step(
-        [own[i].device_hours for i in front], [own[i].average for i in front],
-        where="post", color="#555555", linewidth=1.2, zorder=0,
+        [own[i][0].device_hours for i in front], [own[i][1] for i in front],
+        where="post", color=GREY, linewidth=1.2, zorder=0,
     )  # fmt: skip
     axes.set_xscale("log")
     plain_log_ticks(axes, y=False)
     axes.set_xlabel("device-hours of training (ranks x hours)")
     axes.set_ylabel("test average (points)")
     handles = [Line2D([], [], color=style(i)[0], marker=style(i)[1], linestyle="none") for i in range(len(labels))]
-    legend(figure, axes, [*handles, Line2D([], [], color="#555555")], [*labels, "Pareto front"])
-    notes = [f"devices: {kinds_of(own)}", "on the front: " + ", ".join(own[index].name for index in front)]
+    legend(figure, [*handles, Line2D([], [], color=GREY)], [*labels, "Pareto front"])
+    notes = [
+        f"devices: {kinds_of([row for row, _ in own])}",
+        "on the front: " + ", ".join(own[i][0].name for i in front),
+    ]
     return Picture("pareto_front", "Quality against device-hours", figure, notes)
 
 
-def kinds_of(rows: Sequence[Row]) -> str:
+def kinds_of(rows: Sequence[RunRow]) -> str:
     """The devices of some runs."""
     return ", ".join(sorted({row.device for row in rows}))
-
-
-def new_figure(width: float = SIZE[0]) -> tuple[Figure, Axes]:
-    """An empty figure that lays itself out."""
-    figure = Figure(figsize=(width, SIZE[1]), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
-
-
-def legend(figure: Figure, axes: Axes, handles: list[Line2D], labels: list[str]) -> None:
-    """The legend, beside the axes: it covers nothing."""
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
-
-
-def style(index: int) -> tuple[str, str]:
-    """Colour and marker of a group; beyond the palette the pairs change."""
-    return COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
 
 
 def offset_of(index: int, count: int) -> float:
     """Factor that sets groups of the same size beside each other on a logarithmic axis."""
     return 1.0 if count < 2 else 1.06 ** (index - (count - 1) / 2)
-
-
-def plain_log_ticks(axes: Axes, x: bool = True, y: bool = True) -> None:
-    """Numbers such as 300k or 2.5 on logarithmic axes, with ticks also where an axis spans less than a decade."""
-    for axis, wanted in ((axes.xaxis, x), (axes.yaxis, y)):
-        if not wanted:
-            continue
-        low, high = sorted(axis.get_view_interval())
-        decades = math.log10(high / low) if low > 0 else 9.0
-        if decades < 0.5:
-            axis.set_major_locator(FixedLocator([t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]))
-        elif decades < 2.2:
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades > 1 else (1, 1.5, 2, 3, 5, 7)))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        axis.set_tick_params(which="both", labelsize=8)
-
-
-def fit_limits(axes: Axes, values: Sequence[float]) -> None:
-    """The y axis around the points and curves: a wide band is cut off and must not squeeze them together."""
-    low, high = min(values), max(values)
-    margin = max((high / low) ** 0.12, 1.02)
-    axes.set_ylim(low / margin, high * margin)
-
-
-def short(value: float) -> str:
-    """1200000 -> 1.2M."""
-    for limit, letter in ((1e15, ""), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value:.2g}" if not letter else f"{value / limit:.4g}{letter}"
-    return f"{value:.3g}"

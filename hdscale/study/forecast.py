@@ -1,21 +1,21 @@
-"""The plan's predictions for a run that is done, for the report to hold beside what was measured."""
+"""The plan's predictions for a run that is done, which the report shows beside what was measured."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from hdscale.config import Config, config_from_dict
 from hdscale.study import compute
 from hdscale.study.hardware import match_device
 from hdscale.study.inputs import architecture, counted, work_of
 from hdscale.study.memory_model import Architecture, Sharding, Work, step_memory
+from hdscale.study.rows import Forecast
+from hdscale.study.spec import nested
 
 
-def predict_run(config: dict[str, Any], results: dict[str, Any]) -> dict[str, float | None]:
-    """flops, planned_samples_per_second and planned_memory_gb of a run.
+def predict_run(config: dict[str, Any], results: dict[str, Any]) -> Forecast:
+    """The plan's figures for a run that is done.
 
     FLOPs are counted at the mean length of the rows that the run saw, memory at the greatest. Throughput and memory are
     predicted for the GPUs that the plan has figures for only: the memory that a run on a CPU logs is that of its whole
@@ -30,11 +30,10 @@ def predict_run(config: dict[str, Any], results: dict[str, Any]) -> dict[str, fl
     mean = results["tokens"] / max(results["samples"], 1)
     relevant = {key: repr(value) for key, value in config.items() if key.startswith(("model.", "method.", "data."))}
     flops_row = mean_row_flops(tuple(sorted(relevant.items())), whole, mean)
-    found: dict[str, float | None] = {"flops": flops_row * results["samples"]}
+    found = Forecast(flops=flops_row * results["samples"])
     device = match_device(str(provenance.get("device") or ""))
     if device is not None:
         seconds = compute.seconds_of(flops_row, device, whole.train.dtype, compute.EFFICIENCY)
-        found["planned_samples_per_second"] = ranks / seconds
         count, sides, heads = counted(whole)
         rows = rows_of_a_pass(whole, ranks)
         memory = step_memory(
@@ -45,7 +44,11 @@ def predict_run(config: dict[str, Any], results: dict[str, Any]) -> dict[str, fl
             count.trainable,
             heads,
         )
-        found["planned_memory_gb"] = (memory.peak - memory.workspace) / 1e9
+        found = dataclasses.replace(
+            found,
+            planned_samples_per_second=ranks / seconds,
+            planned_memory_gb=(memory.peak - memory.workspace) / 1e9,
+        )
     return found
 
 
@@ -65,7 +68,7 @@ _CACHE: dict[tuple[tuple[str, str], ...], tuple[Architecture, Work]] = {}
 
 
 def mean_row_flops(key: tuple[tuple[str, str], ...], config: Config, mean: float) -> float:
-    """Training FLOPs of a row of so many tokens, source and target in the proportion of their limits."""
+    """Training FLOPs of a row with a mean number of tokens, source and target in the proportion of their limits."""
     if key not in _CACHE:
         _, sides, _ = counted(config)
         _CACHE[key] = (architecture(config), work_of(config, 1, "cuda", sides))
@@ -77,7 +80,4 @@ def mean_row_flops(key: tuple[tuple[str, str], ...], config: Config, mean: float
 
 def to_config(flat: dict[str, Any]) -> Config:
     """A configuration of dotted keys."""
-    node = OmegaConf.create({})
-    for key, value in flat.items():
-        OmegaConf.update(node, key, value, force_add=True)
-    return config_from_dict(node, "the run's configuration")
+    return config_from_dict(nested(flat), "the run's configuration")

@@ -16,7 +16,7 @@ class Device:
     Attributes:
         name: as results state it. memory: bytes that a program can have.
         bf16, tf32: dense matrix products, FLOP/s. bandwidth: of its memory, bytes/s.
-        link: to the other GPUs of its node, bytes/s in one direction. network: to other nodes, bytes/s a GPU.
+        link: to the other GPUs of its node, bytes/s in one direction. network: to other nodes, bytes/s per GPU.
         gpus_per_node: in the usual machine.
     """
 

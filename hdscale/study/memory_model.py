@@ -72,10 +72,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How DeepSpeed holds the trainables.
+    """How DeepSpeed distributes the trainable parameters.
 
     Attributes:
-        ranks: W. stage: of ZeRO. offload: masters and moments live in host memory. bucket: elements of a reduction.
+        ranks: W. stage: of ZeRO. offload: masters and moments are in host memory. bucket: elements of a reduction.
     """
 
     ranks: int = 1
@@ -198,7 +198,7 @@ def step_memory(
 
 
 def cuda_workspace(memory: Memory, base: Architecture, e: int, sharding: Sharding) -> float:
-    """What a GPU needs besides tensors: context and libraries, cuBLAS's workspace, 4% lost between the allocator's blocks.
+    """What a GPU needs besides tensors: context, libraries, cuBLAS's workspace, 4% lost between the allocator's blocks.
 
     Under ZeRO-3 the weights of two blocks are gathered at a time.
     """
@@ -213,14 +213,14 @@ def cuda_workspace(memory: Memory, base: Architecture, e: int, sharding: Shardin
 
 
 def norm_bytes(rows: float, base: Architecture, work: Work) -> float:
-    """A layer norm and the residual stream that it reads: x itself, on a CPU in float32, and one number a row."""
+    """A layer norm and the residual stream that it reads: x itself, on a CPU in float32, and one number per row."""
     kept = 4 if work.device == "cpu" else work.dtype_bytes
     trained = work.dtype_bytes if work.trains_base else 0
     return rows * (base.d_model * (kept + trained) + 4)
 
 
 def adapter_bytes(rows: float, dim: float, base: Architecture, work: Work) -> float:
-    """What stays inside an adapter of size `dim`, and its input where that is not the tensor which the norm beside it keeps."""
+    """What an adapter of size `dim` keeps; its input counts only where the norm beside it does not keep that tensor."""
     if not dim:
         return 0.0
     copied = work.device == "cpu" and work.dtype_bytes == 2
@@ -230,9 +230,9 @@ def adapter_bytes(rows: float, dim: float, base: Architecture, work: Work) -> fl
 def attention_bytes(queries: float, keys: float, pairs: float, base: Architecture, work: Work) -> float:
     """What an attention keeps: queries and keys are rows, pairs is B·(queries)·(keys) of an instance, summed.
 
-    Fused kernels keep q, k, v, their output, and a number a row and head (the additive mask is the stack's, not a layer's: see
-    `shared_mask_bytes`). On a CPU dropout switches the fused kernel off, and eager attention has none: the probabilities are kept three
-    times (softmax, mask, product), all in float32 there.
+    Fused kernels keep q, k, v, their output, and one number per row and head (the additive mask belongs to the stack,
+    not to a layer: see `shared_mask_bytes`). Eager attention, and on a CPU also attention with dropout, is not fused:
+    the probabilities are kept three times (softmax, mask, product), on a CPU all of them in float32.
     """
     inner = base.heads * base.d_kv
     e = work.dtype_bytes
@@ -343,7 +343,7 @@ def backward_temporaries(rows: float, pairs: float, base: Architecture, work: Wo
 
 
 def loss_bytes(base: Architecture, work: Work) -> float:
-    """Loss over the vocabulary, in float32: log-probabilities, their gradient and that of the logits; smoothing, one more."""
+    """Loss over the vocabulary, in float32: log-probabilities, their gradient, that of the logits, one to smooth."""
     tensors = 4 if work.label_smoothing else 3
     return 4 * tensors * work.rows * work.target * base.vocabulary
 

@@ -112,7 +112,7 @@ class StepMemory:
         return dataclasses.replace(work, checkpointing=layout.checkpointing)
 
     def sharding(self, layout: Layout) -> Sharding:
-        """How DeepSpeed holds the trainables."""
+        """How DeepSpeed distributes the trainable parameters."""
         return Sharding(self.gpus, layout.stage, layout.offload)
 
     def of(self, layout: Layout, backend: str | None = None) -> Memory:
@@ -139,7 +139,7 @@ def make_plan(config: Config, gpu: Device, gpus: int, efficiency: float = comput
     memory = StepMemory(config, gpus)
     if config.train.global_batch_size % gpus:
         raise UserError(
-            f"train.global_batch_size={config.train.global_batch_size} cannot be shared out among {gpus} GPUs; "
+            f"train.global_batch_size={config.train.global_batch_size} cannot be divided by {gpus} GPUs; "
             "choose a number of GPUs that divides it"
         )
     share = config.train.global_batch_size // gpus

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from hdscale.errors import UserError
+from hdscale.files import write_text
+from hdscale.report.page import figure, heading, link, number_cell, page, quiet, table
+from hdscale.report.pictures import Picture
+from hdscale.runs.folder import CONFIG, METRICS, RESULTS
 from hdscale.study import figures
-from hdscale.study.figures import Picture
 from hdscale.study.forecast import predict_run
-from hdscale.study.rows import Row, axes_of, budget_axes, moved_keys, read_rows, seed_axes, write_csv
+from hdscale.study.rows import RunRow, axes_of, budget_axes, moved_keys, read_rows, seed_axes, write_csv
 from hdscale.study.status import statuses
 from hdscale.study.store import RunStatus, Store
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 0.4rem; }
-p.quiet, .notes { color: #555; font-size: 0.87rem; } .notes { margin: 0.2rem 0 0 1.2rem; padding: 0; }
-figure { margin: 0; } figure img { max-width: 100%; height: auto; display: block; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; white-space: nowrap; }
-th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: left; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-.failed { color: #a33000; } a { color: #00558c; }
-"""
-
-COLUMNS: tuple[tuple[str, Callable[[Row], float | None], str], ...] = (
+COLUMNS: tuple[tuple[str, Callable[[RunRow], float | None], str], ...] = (
     ("parameters", lambda row: row.parameters, "{:,.0f}"),
     ("trainable", lambda row: row.trainable, "{:,.0f}"),
     ("share, %", lambda row: row.percent, "{:.2f}"),
@@ -69,20 +58,17 @@ def write_report(store: Store) -> Path:
         for old in folder.glob("*.png"):
             old.unlink()
         write_csv(rows, folder / "runs.csv")
-        shown = [(picture, png_of(picture)) for picture in pictures]
+        shown = [(picture, picture.png()) for picture in pictures]
         for picture, png in shown:
             (folder / f"{picture.name}.png").write_bytes(png)
-        page = folder / "index.html"
-        temporary = folder / ".index.tmp"
-        temporary.write_text(page_of(record["title"], found, rows, shown, missing), encoding="utf-8")
-        temporary.replace(page)
+        write_text(folder / "index.html", page_of(record["title"], found, rows, shown, missing))
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); mend its permissions") from error
-    return page
+        raise UserError(f"cannot write to {folder} ({error.strerror}); correct its permissions") from error
+    return folder / "index.html"
 
 
-def draw(rows: list[Row], runs: dict[str, dict]) -> tuple[list[Picture], list[str]]:
-    """The pictures that the rows can carry, and a line for each that they cannot."""
+def draw(rows: list[RunRow], runs: dict[str, dict[str, Any]]) -> tuple[list[Picture], list[str]]:
+    """The pictures that the rows are enough for, and the names of the others."""
     moved = moved_keys(runs)
     seeds = seed_axes(moved)
     sizes = axes_of(moved, "model.name")
@@ -90,7 +76,7 @@ def draw(rows: list[Row], runs: dict[str, dict]) -> tuple[list[Picture], list[st
     data = axes_of(moved, "data.fraction", "data.tasks", "train.max_steps", "train.epochs")
     methods = axes_of(moved, "method.name")
 
-    def group(*own: list[str]) -> Callable[[Row], str]:
+    def group(*own: list[str]) -> Callable[[RunRow], str]:
         """The points of all other axes: what a colour stands for."""
         hidden = {axis for part in own for axis in part} | set(seeds)
         return lambda row: " · ".join(point for axis, point in row.point.items() if axis not in hidden) or "all runs"
@@ -108,108 +94,62 @@ def draw(rows: list[Row], runs: dict[str, dict]) -> tuple[list[Picture], list[st
     if tasks := axes_of(moved, "data.tasks"):
         picture = figures.scaling(rows, figures.TASKS, figures.COMMON, group(tasks))
         wanted.append(("error on common tasks against number of tasks", picture))
-    wanted.append(
-        (
-            "throughput against model size",
-            figures.against_plan(
-                rows, "samples_per_second", "planned_samples_per_second",
-                "training throughput (rows per second, all ranks)", "Throughput against model size", group(sizes),
-            ),
-        )
-    )  # fmt: skip
-    wanted.append(
-        (
-            "memory against model size",
-            figures.against_plan(
-                rows,
-                "memory_gb",
-                "planned_memory_gb",
-                "memory of a rank (GB)",
-                "Memory against model size",
-                group(sizes),
-            ),
-        )
-    )
+    for quantity in (figures.THROUGHPUT, figures.MEMORY):
+        wanted.append((f"{quantity.name} against model size", figures.against_plan(rows, quantity, group(sizes))))
     if methods:
-        wanted.append(
-            ("methods side by side", figures.side_by_side(rows, group(methods), lambda r: by_axes(r, methods)))
-        )
+        picture = figures.side_by_side(rows, group(methods), lambda row: by_axes(row, methods))
+        wanted.append(("methods side by side", picture))
     wanted.append(("Pareto front", figures.pareto_front(rows, group([]))))
     pictures = [picture for _, picture in wanted if picture is not None]
     missing = [name for name, picture in wanted if picture is None]
     return pictures, missing
 
 
-def by_axes(row: Row, axes: list[str]) -> str:
+def by_axes(row: RunRow, axes: list[str]) -> str:
     """A row's points on some axes."""
     return " · ".join(row.point[axis] for axis in axes)
-
-
-def png_of(picture: Picture) -> bytes:
-    """The picture as a PNG."""
-    buffer = io.BytesIO()
-    # without a date and a version in it, the same study gives the same file
-    picture.figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def page_of(
     title: str,
     found: dict[str, RunStatus],
-    rows: list[Row],
+    rows: list[RunRow],
     shown: list[tuple[Picture, bytes]],
     missing: list[str],
 ) -> str:
-    """The page, whole: style and pictures inside."""
+    """The page of a study."""
     counts = Counter(status.state for status in found.values())
     hours = sum(row.device_hours for row in rows)
     devices = ", ".join(f"{count} runs on {name}" for name, count in Counter(row.device for row in rows).items())
     parts = [
-        "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>',
-        f"<h1>{html.escape(title)}</h1>",
-        f'<p class="quiet">{len(found)} runs: {", ".join(f"{n} {state}" for state, n in counts.most_common())}. '
-        f"{hours:.3g} device-hours of training; {html.escape(devices)}. Written {time.strftime('%Y-%m-%d %H:%M')}. "
-        'All numbers: <a href="runs.csv">runs.csv</a>.</p>',
+        quiet(
+            f"{len(found)} runs: {', '.join(f'{n} {state}' for state, n in counts.most_common())}. "
+            f"{hours:.3g} device-hours of training; {html.escape(devices)}. Written {time.strftime('%Y-%m-%d %H:%M')}. "
+            f"All numbers: {link('runs.csv', 'runs.csv')}."
+        ),
+        *(figure(picture, png) for picture, png in shown),
     ]
-    for picture, png in shown:
-        source = base64.b64encode(png).decode()
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in picture.notes)
-        parts.append(
-            f"<h2>{html.escape(picture.title)}</h2><figure>"
-            f'<img alt="{html.escape(picture.title)}" src="data:image/png;base64,{source}"></figure>'
-            + (f'<ul class="notes">{notes}</ul>' if notes else "")
-            + f'<p class="quiet"><a href="{picture.name}.png">{picture.name}.png</a></p>'
-        )
     if missing:
-        parts.append(
-            f'<p class="quiet">Not drawn, since this study does not vary or record it: {html.escape(", ".join(missing))}.</p>'
-        )
-    parts += ["<h2>Runs</h2>", table_of(found, rows), "</body></html>"]
-    return "\n".join(parts) + "\n"
+        names = html.escape(", ".join(missing))
+        parts.append(quiet(f"Not drawn, since this study does not vary or record it: {names}."))
+    return page(title, [*parts, heading("Runs"), table_of(found, rows)])
 
 
-def table_of(found: dict[str, RunStatus], rows: list[Row]) -> str:
+def table_of(found: dict[str, RunStatus], rows: list[RunRow]) -> str:
     """All runs, with links to their configurations, results and logs."""
     by_name = {row.name: row for row in rows}
-    head = "".join(f'<th class="number">{html.escape(name)}</th>' for name, _, _ in COLUMNS)
+    header = [f'<th class="number">{html.escape(name)}</th>' for name, _, _ in COLUMNS]
     lines = []
     for name, status in found.items():
         row = by_name.get(name)
         folder = f"../{quote(name)}"
-        links = f'<a href="{folder}/config.yaml">config</a>' if row or status.step else ""
+        links = [link(f"{folder}/{CONFIG}", "config")] if row or status.step else []
         if row is None:
             note = html.escape(status.note or f"step {status.step}")
             kind = "failed" if status.state == "failed" else ""
             cells = f'<td colspan="{len(COLUMNS)}" class="{kind}">{html.escape(status.state)}: {note}</td>'
         else:
-            links += f' <a href="{folder}/results.json">results</a> <a href="{folder}/metrics.jsonl">metrics</a>'
-            cells = "".join(f'<td class="number">{cell(read(row), form)}</td>' for _, read, form in COLUMNS)
-        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}<td>{links}</td></tr>")
-    return f'<div class="wide"><table><thead><tr><th>run</th>{head}<th>files</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def cell(value: float | None, form: str) -> str:
-    """A number for the table; nothing where there is none."""
-    return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else form.format(value)
+            links += [link(f"{folder}/{RESULTS}", "results"), link(f"{folder}/{METRICS}", "metrics")]
+            cells = "".join(number_cell(read(row), form) for _, read, form in COLUMNS)
+        lines.append(f"<td>{html.escape(name)}</td>{cells}<td>{' '.join(links)}</td>")
+    return table(["<th>run</th>", *header, "<th>files</th>"], lines)

@@ -1,4 +1,4 @@
-"""The runs of a study as rows of numbers, and which axis moves which of them."""
+"""The runs of a study as rows of numbers, and which keys each axis changes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from hdscale.runs.folder import METRICS
 from hdscale.runs.scores import task_score
 from hdscale.study.store import Store, read_lines
 
@@ -17,16 +18,16 @@ TAIL = 0.1
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """One finished run.
 
     Attributes:
         name: of the run. point: {axis: point}. method: name of the method.
         parameters: of the base. trainable: of the method. percent: trainable share.
-        average: test score, x100. error: 100 - average. loss: mean training loss at the end (nats a token).
+        average: test score, x100. error: 100 - average. loss: mean training loss at the end (nats per token).
         samples: training rows seen. tokens: source and target tokens seen. seconds: of training.
         devices: ranks. device_hours: ranks times hours of training. samples_per_second: of training.
-        memory_gb: largest that the log states for a rank. flops: of training, by the plan's formula.
+        memory_gb: the largest in the log of a rank. flops: of training, by the plan's formula.
         tasks: number of tasks tested. common_error: 100 - mean score over the tasks that every run has tested, each
             by `hdscale.runs.scores.task_score`, as in `average`.
         planned_*: the plan's predictions for this run on its device (None where the plan has no figures for it).
@@ -57,11 +58,20 @@ class Row:
     planned_memory_gb: float | None = None
 
 
-Predict = Callable[[dict[str, Any], dict[str, Any]], dict[str, float | None]]
-"""(configuration, results) of a run -> flops, planned_samples_per_second, planned_memory_gb."""
+@dataclass(frozen=True)
+class Forecast:
+    """What the plan predicts for a run: the attributes of `RunRow` of the same names."""
+
+    flops: float | None = None
+    planned_samples_per_second: float | None = None
+    planned_memory_gb: float | None = None
 
 
-def read_rows(store: Store, predict: Predict | None = None) -> list[Row]:
+Predict = Callable[[dict[str, Any], dict[str, Any]], Forecast]
+"""(flat configuration, results) of a run -> the plan's predictions."""
+
+
+def read_rows(store: Store, predict: Predict | None = None) -> list[RunRow]:
     """The finished runs of a study, in the order of its grid."""
     runs = store.read()["runs"]
     found = {name: results for name in runs if (results := store.results(name)) is not None}
@@ -88,18 +98,18 @@ def task_scores(results: dict[str, Any]) -> dict[str, float]:
     return scores
 
 
-def row_of(store: Store, name: str, run: dict[str, Any], results: dict[str, Any], predict: Predict | None) -> Row:
+def row_of(store: Store, name: str, run: dict[str, Any], results: dict[str, Any], predict: Predict | None) -> RunRow:
     """A run's numbers, from its results and its log."""
-    lines = [line for line in read_lines(store.run_folder(name) / "metrics.jsonl") if line.get("kind") == "train"]
+    lines = [line for line in read_lines(store.run_folder(name) / METRICS) if line.get("kind") == "train"]
     losses = [line["loss"] for line in lines if finite(line.get("loss"))]
     tail = losses[-max(1, math.ceil(TAIL * len(losses))) :] if losses else []
     memory = [line["memory_gb"] for line in lines if finite(line.get("memory_gb"))]
     seconds = float(results.get("seconds") or 0.0)
     provenance = results.get("provenance", {})
     devices = int(provenance.get("world_size") or 1)
-    average = results.get("average")
-    average = float(average) if finite(average) else None
-    return Row(
+    forecast = predict(run["config"], results) if predict else Forecast()
+    average = number(results.get("average"))
+    return RunRow(
         name=name,
         point=run["point"],
         method=str(run["config"].get("method.name")),
@@ -118,8 +128,15 @@ def row_of(store: Store, name: str, run: dict[str, Any], results: dict[str, Any]
         device_hours=seconds * devices / 3600,
         samples_per_second=results["samples"] / seconds if seconds > 0 else None,
         memory_gb=max(memory, default=None),
-        **{"flops": None, **(predict(run["config"], results) if predict else {})},
+        flops=forecast.flops,
+        planned_samples_per_second=forecast.planned_samples_per_second,
+        planned_memory_gb=forecast.planned_memory_gb,
     )
+
+
+def number(value: Any) -> float | None:
+    """The value as a number that can be drawn; None where it is none."""
+    return float(value) if finite(value) else None
 
 
 def finite(value: Any) -> bool:
@@ -146,26 +163,26 @@ def moved_keys(runs: dict[str, dict[str, Any]]) -> dict[str, set[str]]:
 
 
 def axes_of(moved: dict[str, set[str]], *prefixes: str) -> list[str]:
-    """Axes that move a key with one of these beginnings."""
+    """Axes that change a key with one of these beginnings."""
     return [axis for axis, keys in moved.items() if any(key.startswith(prefixes) for key in keys)]
 
 
 def seed_axes(moved: dict[str, set[str]]) -> list[str]:
-    """Axes that repeat a run: they move the seed alone, or nothing."""
+    """Axes that repeat a run: they change the seed alone, or nothing."""
     return [axis for axis, keys in moved.items() if keys <= {"run.seed"}]
 
 
 def budget_axes(moved: dict[str, set[str]]) -> list[str]:
-    """Axes that move the sizes of one method, not the method."""
+    """Axes that change the sizes of a method, but not the method."""
     return [
         axis for axis, keys in moved.items() if "method.name" not in keys and any(k.startswith("method.") for k in keys)
     ]
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    """One line a run: its points, then its numbers."""
+def write_csv(rows: list[RunRow], path: Path) -> None:
+    """One line per run: its points, then its numbers."""
     axes = list(rows[0].point) if rows else []
-    numbers = [field.name for field in fields(Row) if field.name not in ("name", "point")]
+    numbers = [field.name for field in fields(RunRow) if field.name not in ("name", "point")]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["name", *[f"axis:{axis}" for axis in axes], *numbers])
@@ -175,7 +192,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 
 def pareto(costs: list[float], scores: list[float]) -> list[int]:
-    """Indices that no other is at most as costly as and at least as good as (one of equals is kept), by cost."""
+    """The indices, by cost, of those for which no other is both as cheap and as good (one of equals is kept)."""
     front: list[int] = []
     best = -math.inf
     for index in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):

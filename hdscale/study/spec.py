@@ -5,7 +5,7 @@ config: ../glue_large.yaml       # base configuration, relative to this file
 set: {train.max_steps: 2000}     # settings of every run
 axes:
   train.learning_rate: [1e-4, 3e-4]            # a key and its values
-  size: {model.name: [a, b], data.cache: [c, d]}   # zipped: the keys move together
+  size: {model.name: [a, b], data.cache: [c, d]}   # zipped: the keys change together
   method:                                      # zipped, its points named
     plain: {method.name: adapter, method.encoder.dim: 230}
     ours: {method.name: hyperdecoder, method.encoder.dim: 64}
@@ -15,7 +15,6 @@ limits: {runs: 50, retries: 2, minutes: 60}
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,13 +25,15 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hdscale.cluster.records import LAUNCHES
+from hdscale.cluster.sweep import grid
 from hdscale.config import Config, all_keys, merge, to_config, to_dict, yaml_with_bases
 from hdscale.errors import UserError, nearest, one_line
 from hdscale.settings import flatten
 
 KEYS = ("name", "title", "dir", "config", "set", "axes", "exclude", "limits")
 RESERVED = ("run.name", "run.dir")
-FOLDERS = ("_study", "report", "launches")
+FOLDERS = ("_study", "report", LAUNCHES)
 """Folders of a study beside those of its runs."""
 
 
@@ -42,7 +43,7 @@ class Limits:
 
     Attributes:
         runs: a grid of more runs is refused. retries: further attempts of a run that failed.
-        minutes: a local run is stopped after so long, and counts as failed.
+        minutes: a local run is stopped after this time, and counts as failed.
     """
 
     runs: int = 200
@@ -76,7 +77,7 @@ class Study:
     """A study, expanded.
 
     Attributes:
-        name, title: of the study. folder: where everything of it lies. file: the YAML.
+        name, title: of the study. folder: which holds all of it. file: the YAML.
         axes: {axis: [names of its points]}, in the order of the file.
         runs: in the order of the grid, the last axis changing fastest.
         base: the configuration before any axis.
@@ -96,7 +97,7 @@ def load_study(path: str | Path, folder: str | Path | None = None) -> Study:
     """Read and expand a study's file; nothing is loaded or written.
 
     Args:
-        folder: where the study lies, instead of the file's `dir`/`name`.
+        folder: of the study, instead of the file's `dir`/`name`.
 
     Raises:
         UserError: for anything in it that does not fit, naming the place in the file.
@@ -122,12 +123,12 @@ def load_study(path: str | Path, folder: str | Path | None = None) -> Study:
     node = merge(node, nested(fixed), f"{path}: set")
     excluded = read_excluded(tree.get("exclude"), axes, path)
     runs = []
-    for row in itertools.product(*axes.values()):
-        point = {axis: one.name for axis, one in zip(axes, row, strict=True)}
+    for chosen in grid(axes):
+        point = {axis: one.name for axis, one in chosen.items()}
         if any(all(point[axis] == name for axis, name in rule.items()) for rule in excluded):
             continue
         config = node
-        for axis, one in zip(axes, row, strict=True):
+        for axis, one in chosen.items():
             config = merge(config, nested(one.settings), f"{path}: axes.{axis}, point {one.name}")
         run_name = name_of(axes, point)
         place = {"run": {"name": run_name, "dir": str(folder)}}
@@ -156,7 +157,7 @@ def read_tree(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must be a mapping with config and axes")
-    return tree
+    return {str(key): value for key, value in tree.items()}
 
 
 def read_limits(tree: Any, path: Path) -> Limits:
@@ -207,7 +208,7 @@ def read_axes(tree: Any, path: Path) -> dict[str, list[Point]]:
 
 
 def zipped(values: dict[str, list[Any]], where: str, keys: list[str]) -> list[Point]:
-    """Points of keys that move together; each is called after the first key's value."""
+    """Points of keys that change together; each is called after the first key's value."""
     lengths = {key: len(column) for key, column in values.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{key} has {length}" for key, length in lengths.items())
@@ -275,7 +276,9 @@ def read_excluded(tree: Any, axes: dict[str, list[Point]], path: Path) -> list[d
             names = [one.name for one in axes[axis]]
             text = safe(str(name)) if safe(str(name)) in names else label(str(axis), name)
             if text not in names:
-                raise UserError(f"{path}: exclude names {axis}: {name}, which is no point of it{nearest(text, names)}")
+                raise UserError(
+                    f"{path}: exclude names {axis}: {name}, which is not one of its points{nearest(text, names)}"
+                )
             clean[axis] = text
         rules.append(clean)
     return rules
@@ -330,7 +333,7 @@ def to_object(node: DictConfig, path: Path) -> Config:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`key (old -> new)` of two flat configurations, but for where the run lies and what starts it."""
+    """`key (old -> new)` of two flat configurations, except for the run's place and what starts it."""
     return [
         f"{key} ({before.get(key)!r} -> {now.get(key)!r})"
         for key in sorted({*before, *now})

@@ -1,4 +1,4 @@
-"""The table of a study's runs: once, or live."""
+"""The table of a study's runs: printed once, or kept up to date."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def statuses(store: Store) -> dict[str, RunStatus]:
 
 
 def status_table(store: Store) -> Group:
-    """One line a run, and one for all."""
+    """One line per run, and one for all."""
     found = statuses(store)
     table = Table(title=store.read()["title"], title_justify="left")
     table.add_column("run", no_wrap=True)

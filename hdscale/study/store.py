@@ -4,11 +4,11 @@
     <folder>/_study/study.yaml          a copy of its file
     <folder>/_study/configs/<run>.yaml  what `hdscale train` is given
     <folder>/_study/logs/<run>.log      a local run's output
-    <folder>/_study/attempts/<run>.jsonl   a line at the start and at the end of each attempt
+    <folder>/_study/attempts/<run>.jsonl   one line at the start and one at the end of each attempt
     <folder>/_study/locks/<run>         held by the process that trains the run, for as long as it lives
     <folder>/<run>/                     the run's own folder
 
-The state of a run is never stored: it follows from these files, so that whatever is killed leaves nothing to mend.
+The state of a run is never stored but follows from these files: a kill leaves nothing to repair.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from typing import Any
 
 import yaml
 
-from hdscale.cluster.records import newest_step, write_json
+from hdscale.cluster.records import newest_step
 from hdscale.config import to_dict
 from hdscale.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from hdscale.files import json_line, write_json, write_text
+from hdscale.runs.folder import METRICS, RESULTS
 from hdscale.study.spec import Run, Study, differences, flat_config
 
 FORMAT = 1
@@ -39,9 +41,9 @@ class RunStatus:
     """How far a run is.
 
     Attributes:
-        state: waiting, running, queued, interrupted (goes on at the next start), failed, or done.
+        state: waiting, running, queued, interrupted (continues at the next start), failed, or done.
         step: of the last line of its log. max_steps: as planned (0: by epochs).
-        failures: attempts that ended badly. seconds: of training so far.
+        failures: attempts that failed. seconds: of training so far.
         note: why it failed.
         results: of a run that is done.
     """
@@ -65,25 +67,33 @@ class Store:
         self.record = self.own / "study.json"
 
     def config(self, run: str) -> Path:
+        """The configuration that a run is started with."""
         return self.own / "configs" / f"{run}.yaml"
 
     def log(self, run: str) -> Path:
+        """The output of a run that was started here."""
         return self.own / "logs" / f"{run}.log"
 
     def attempts(self, run: str) -> Path:
+        """The record of a run's attempts."""
         return self.own / "attempts" / f"{run}.jsonl"
 
+    def lock(self, name: str) -> Path:
+        """The lock file of a run, or (`study`) of the process that runs the study."""
+        return self.own / "locks" / name
+
     def run_folder(self, run: str) -> Path:
+        """The run's own folder."""
         return self.folder / run
 
     def open(self, study: Study, extend: bool = False) -> None:
-        """Write the study down, or check that it is the one that lies here.
+        """Write the study down, or check that it is the one in this folder.
 
         Args:
             extend: more runs may have been added.
 
         Raises:
-            UserError: if a study with other runs lies here (the differences are shown), or nothing can be written.
+            UserError: if the folder has a study with other runs (the differences are shown), or cannot be written.
         """
         if self.record.exists():
             self._check_same(study, self.read(), extend)
@@ -94,14 +104,12 @@ class Store:
                 text = yaml.safe_dump(to_dict(run.config), sort_keys=False, allow_unicode=True)
                 path = self.config(run.name)
                 if not path.exists() or path.read_text() != text:
-                    temporary = path.with_suffix(".tmp")
-                    temporary.write_text(text)
-                    temporary.replace(path)
+                    write_text(path, text)
             shutil.copyfile(study.file, self.own / "study.yaml")
             write_json(self.record, description(study))
         except OSError as error:
             raise UserError(
-                f"cannot write to {self.own} ({error.strerror}); set dir in {study.file}, or mend its permissions"
+                f"cannot write to {self.own} ({error.strerror}); set dir in {study.file}, or correct its permissions"
             ) from error
 
     def read(self) -> dict[str, Any]:
@@ -117,7 +125,8 @@ class Store:
             return tree
         except FileNotFoundError:
             raise UserError(
-                f"{self.folder} holds no study ({self.record} is missing); start it with hdscale study FILE"
+                f"{self.folder} is not the folder of a study ({self.record} is missing); "
+                "start one with hdscale study FILE"
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -149,22 +158,15 @@ class Store:
     # ---- runs
 
     def status(self, run: str, max_steps: int) -> RunStatus:
-        """The state of a run, from what lies on disk."""
+        """The state of a run, from what is on disk."""
         results = self.results(run)
-        last = last_line(self.run_folder(run) / "metrics.jsonl", "train")
+        last = last_line(self.run_folder(run) / METRICS, "train")
         step = max(int(last.get("step", 0)), newest_step(self.run_folder(run)), 0)
         loss, seconds = last.get("loss"), last.get("seconds")
         failures, note, ended = self.history(run)
         if results is not None:
             return RunStatus(
-                "done",
-                results.get("steps", step),
-                max_steps,
-                failures,
-                loss,
-                results.get("seconds"),
-                "",
-                results,
+                "done", results.get("steps", step), max_steps, failures, loss, results.get("seconds"), "", results
             )
         if self.alive(run):
             return RunStatus("running", step, max_steps, failures, loss, seconds)
@@ -175,7 +177,7 @@ class Store:
     def results(self, run: str) -> dict[str, Any] | None:
         """`results.json` of a run that is done."""
         try:
-            tree = json.loads((self.run_folder(run) / "results.json").read_text())
+            tree = json.loads((self.run_folder(run) / RESULTS).read_text())
             return tree if isinstance(tree, dict) else None
         except (OSError, ValueError):
             return None
@@ -205,17 +207,24 @@ class Store:
         path = self.attempts(run)
         path.parent.mkdir(parents=True, exist_ok=True)
         line = {"event": event, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **details}
-        # a line torn by a kill must not swallow the next one
-        torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+        # a line that a kill cut off must not swallow the next one
+        cut_off = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
         with path.open("a") as file:
-            file.write(("\n" if torn else "") + json.dumps(line) + "\n")
+            file.write(("\n" if cut_off else "") + json_line(line))
 
-    def hold(self, name: str) -> int | None:
-        """Lock a run (or, as `study`, the study): a file descriptor, or None where another process holds it.
+    def retry(self, study: Study) -> None:
+        """Give the runs that have failed their attempts anew."""
+        for run in study.runs:
+            if self.history(run.name)[0]:
+                self.note(run.name, "retry")
 
-        The lock belongs to the descriptor: a child that inherits it keeps it for as long as it lives.
+    def hold(self, run: str) -> int | None:
+        """Lock a run: a file descriptor, or None where another process has the lock.
+
+        Unlike a lock of `hdscale.files.locked`, it can be handed on: a child that inherits the descriptor keeps the
+        lock for as long as it lives, also when this process is killed.
         """
-        path = self.own / "locks" / name
+        path = self.lock(run)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         for pause in (0.05, 0.1, None):
@@ -223,7 +232,7 @@ class Store:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return descriptor
             except BlockingIOError:
-                # an onlooker (`alive`) holds it for an instant
+                # `alive` in another process holds it for an instant
                 if pause is not None:
                     time.sleep(pause)
         os.close(descriptor)
@@ -231,13 +240,13 @@ class Store:
 
     def alive(self, run: str) -> bool:
         """Whether a process trains the run on this machine."""
-        path = self.own / "locks" / run
+        path = self.lock(run)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError:
             return False
         try:
-            # shared: two onlookers do not take each other for the run
+            # shared: two processes that look at the same time do not take each other for the run
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
         except BlockingIOError:
@@ -259,13 +268,13 @@ def description(study: Study) -> dict[str, Any]:
     }
 
 
-def finished_badly(status: RunStatus, retries: int) -> bool:
-    """Whether a run is given up: it failed by a mistake of the user's, or as often as it may."""
+def given_up(status: RunStatus, retries: int) -> bool:
+    """Whether a run is not started again: a mistake of the user's made it fail, or it failed too often."""
     return status.state == "failed" and (status.failures > retries or f"exit code {EXIT_USER_ERROR}" in status.note)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file that can be read: a kill may have torn one."""
+    """The lines of a JSON-lines file that can be read: a kill may have cut one off."""
     lines = []
     try:
         text = path.read_text(errors="replace")
@@ -302,4 +311,4 @@ def last_line(path: Path, kind: str) -> dict[str, Any]:
 
 def max_steps_of(run: Run) -> int:
     """Steps that a run is to take; 0 where epochs decide."""
-    return 0 if getattr(run.config.train, "epochs", None) else run.config.train.max_steps
+    return 0 if run.config.train.epochs else run.config.train.max_steps

@@ -9,22 +9,43 @@ from pathlib import Path
 from hdscale.cluster.records import LAUNCHES, launch_folder, read_launch, read_state
 from hdscale.cluster.status import live_jobs
 from hdscale.errors import EXIT_DONE
+from hdscale.launch import check_runs
 from hdscale.launch import submit as submit_launch
 from hdscale.study.spec import Run, Study
-from hdscale.study.store import Store, finished_badly, max_steps_of
+from hdscale.study.store import Store, given_up, max_steps_of
+
+
+def check_study(study: Study, local: bool) -> None:
+    """What `hdscale train` would refuse, before the first run starts: data, model and engine of every run.
+
+    Args:
+        local: one process per run, whatever `cluster` says.
+
+    Raises:
+        UserError: for the first run that would be refused.
+    """
+    configs = [one.config for one in study.runs]
+    if local:
+        configs = [
+            dataclasses.replace(
+                config, cluster=dataclasses.replace(config.cluster, nodes=1, gpus_per_node=0, tasks_per_node=1)
+            )
+            for config in configs
+        ]
+    check_runs(configs)
 
 
 def submit(study: Study, store: Store, dry_run: bool = False) -> int:
-    """Submit what is neither done, nor queued or running, nor given up.
+    """Submit the runs that are not done, queued, running or failed for good.
 
-    Pre-empted jobs requeue themselves; a run that failed is submitted again at the next start of the study, as often as
-    `limits.retries` says.
+    Pre-empted jobs requeue themselves. A run that failed is submitted again at the next start of the study, at most
+    `limits.retries` times.
 
     Returns:
         exit code.
     """
     queued = live_runs(store)
-    fresh = [run for run in study.runs if run.name not in queued and not settled(study, store, run)]
+    fresh = [run for run in study.runs if run.name not in queued and not is_over(study, store, run)]
     if not fresh:
         print(f"nothing to submit: {len(queued)} runs are queued or running")
         return EXIT_DONE
@@ -40,11 +61,11 @@ def submit(study: Study, store: Store, dry_run: bool = False) -> int:
     return EXIT_DONE
 
 
-def settled(study: Study, store: Store, run: Run) -> bool:
-    """Whether a run is done or given up."""
+def is_over(study: Study, store: Store, run: Run) -> bool:
+    """Whether a run is done, or has failed too often."""
     note_ends(store, run.name)
     status = store.status(run.name, max_steps_of(run))
-    return status.state == "done" or finished_badly(status, study.limits.retries)
+    return status.state == "done" or given_up(status, study.limits.retries)
 
 
 def points(run: Run) -> list[str]:
@@ -56,9 +77,8 @@ def by_cluster(runs: list[Run]) -> list[list[Run]]:
     """Runs grouped by their cluster settings: the jobs of an array are alike."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(dataclasses.asdict(run.config.cluster), sort_keys=True, default=str), []).append(
-            run
-        )
+        key = json.dumps(dataclasses.asdict(run.config.cluster), sort_keys=True, default=str)
+        groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
@@ -84,11 +104,8 @@ def live_runs(store: Store) -> dict[str, str]:
         live = live_jobs(record)
         for index, entry in enumerate(record.runs):
             job = record.job_of(index)
-            state = (
-                live.get(job)
-                or live.get(f"{record.job}_*")
-                or (live.get(record.job) if len(record.runs) == 1 else None)
-            )
+            # pending jobs of an array are listed as one
+            state = live.get(job) or live.get(f"{record.job}_*")
             if state:
                 found[entry.name] = "running" if state == "RUNNING" else "queued"
     return found

@@ -1,4 +1,4 @@
-"""analyze compare, tables, embeddings; classify: on runs with known results, and on a tiny untrained model over real text."""
+"""analyze compare, tables, embeddings; classify: on runs with known results, and on a tiny model over real text."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import yaml
 from scipy import stats
 
 from hdscale.analysis.classifier import Pooled, evaluate_classifiers, train_classifiers
-from hdscale.analysis.options import ClassifierOptions
 from hdscale.analysis.compare import comparison_table
 from hdscale.analysis.embeddings import Embedded, colourings, draw, project
 from hdscale.analysis.formats import TextTable, escape_latex, render
+from hdscale.analysis.options import ClassifierOptions
 from hdscale.commands.cli import main
 from hdscale.config import Config, to_dict
 from hdscale.data.tasks import get_task
@@ -92,7 +92,11 @@ def test_compare_command(runs, capsys, tmp_path):
     # other seeds cannot be paired: Welch's alone, and it says so
     assert main(["analyze", "compare", *ours[:4], "--against", *theirs[1:]]) == 0
     printed = capsys.readouterr().out
-    assert "no paired test: the seeds are [0, 1, 2, 3] and [1, 2, 3, 4]" in printed and "paired t-test" not in printed
+    assert (
+        "no paired test: it needs equal and distinct seeds" in printed
+        and "[1, 2, 3, 4]" in printed
+        and "paired t-test" not in printed
+    )
     for arguments, message in [
         ([*ours[:4], "--against", *theirs[1:], "--test", "paired-t"], "pairs runs by seed"),
         ([*ours[:1], "--against", *theirs[:1]], "a test needs at least 2"),
@@ -126,7 +130,7 @@ def test_tables_put_runs_beside_the_paper(tmp_path, capsys):
         "–",
     )
     assert found["trainable"] == "2.87%"
-    # the same runs stand in Tables 8, 9 and 13 too, and the classifier's in Table 7
+    # the same runs are in Tables 8, 9 and 13 too, and the classifier's in Table 7
     titles = [line for line in printed.splitlines() if line.startswith("# Table")]
     assert [title.split(":")[0] for title in titles] == [
         "# Table 1",
@@ -269,12 +273,12 @@ def test_embeddings_of_a_run(real_run, capsys, tmp_path):
     with (tmp_path / "coordinates.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 36 and {row["task"] for row in rows} == {"rte", "mrpc", "stsb"}
-    assert len({(row["pca_x"], row["pca_y"]) for row in rows}) > 30  # an instance has an embedding of its own
+    assert len({(row["pca_x"], row["pca_y"]) for row in rows}) > 30  # each instance has its own embedding
     import matplotlib.image
 
     assert matplotlib.image.imread(tmp_path / "pca_by_task.png").shape[:2] == (780, 1200)
     for arguments, message in [
-        (["--limit", "0"], "--limit must be at least 1"),
+        (["--limit", "0"], "--limit=0: must be at least 1"),
         (["--limit", "1", "--tasks", "rte"], "too few to draw"),
     ]:
         assert main(["analyze", "embeddings", "--run", str(folder), *arguments]) == 2

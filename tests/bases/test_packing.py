@@ -118,7 +118,7 @@ def test_packed_gradients_are_the_padded_ones(base, name, checkpointing):
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("name", ["hyperdecoder", "adapter"])
 def test_sorted_micro_batches_have_the_gradient_of_one_padded_pass(base, name, packed, world_size, cut):
-    """Loss and every trainable's gradient of a global batch that is sorted, cut and distributed to ranks, summed over all."""
+    """Loss and gradients of a global batch that is sorted, cut and distributed to ranks, summed over all."""
     method, options = METHODS[name]
     whole, cut_up = pair(base, method, options)[0], pair(base, method, options)[packed]
     rows = rows_of([random.Random(4).randint(1, 24) for _ in range(16)], seed=1)

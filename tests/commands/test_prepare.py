@@ -162,11 +162,11 @@ def test_a_mirror_is_filled_resumed_checked_and_used_offline(hub, tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert manifest["weights"]["tiny/t5"]["fingerprint"] == fingerprint_weights(mirror / "tiny/t5")
 
-    # damage is found and mended
+    # damage is found and repaired
     (mirror / "tiny/t5/model.safetensors").write_bytes(b"\0" * files["tiny/t5/model.safetensors"]["size"])
     (mirror / "nyu-mll/glue/rte/validation-00000-of-00001.parquet").unlink()
-    (mended,) = drive(address, tmp_path, [*prepare, "--any-size", "--verify"])
-    assert mended[0] == 0 and mended[1].startswith("2 of ")
+    (repaired,) = drive(address, tmp_path, [*prepare, "--any-size", "--verify"])
+    assert repaired[0] == 0 and repaired[1].startswith("2 of ")
     assert json.loads((mirror / "hdscale_manifest.json").read_text())["files"] == files
 
     stand_in.requests.clear()

@@ -1,4 +1,4 @@
-"""A global batch dealt out to ranks and cut into micro-batches, and the thread that makes batches ready."""
+"""A global batch distributed to ranks and cut into micro-batches, and the thread that makes batches ready."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def change_config(folder: Path, **values) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-# One rank: what it holds in memory of its own (not mapped from files, which the ranks share) before and after loading,
+# One rank: its private memory (not mapped from files, which the ranks share) before and after loading,
 # and the peak while loading, sampled by the kernel.
 RANK = """
 import sys, threading, time, json, torch

@@ -1,4 +1,4 @@
-"""`hdscale plan`: its memory against measured peaks, its arithmetic against PyTorch's own count, its answers and refusals."""
+"""`hdscale plan`: memory against measured peaks, arithmetic against PyTorch's own count, answers and refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def glue(size: str, *settings: str):
 
 
 def measured_cases(*arguments: str) -> list[dict]:
-    """`hdscale bench memory` in a process of its own: real steps under DeepSpeed, whose process group is one a process."""
+    """`hdscale bench memory` in a separate process: real steps under DeepSpeed, which has one group per process."""
     done = subprocess.run(
         [sys.executable, "-m", "hdscale", "bench", "memory", "--json", *arguments],
         capture_output=True, text=True, timeout=900, cwd=ROOT,
@@ -189,7 +189,7 @@ def test_which_sizes_fit_which_machines(capsys):
         (["--gpu", "a100"], "choose a100-40gb or a100-80gb"),
         (["--gpu", "h1000"], "did you mean 'h100'"),
         (["--gpus", "0"], "at least one"),
-        (["--gpus", "3"], "cannot be shared out among 3 GPUs"),
+        (["--gpus", "3"], "cannot be divided by 3 GPUs"),
         (["--efficiency", "1.5"], "at most 1"),
     ],
 )

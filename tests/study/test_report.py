@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from hdscale.errors import UserError
-from hdscale.study import figures
+from hdscale.report.palette import COLOURS
 from hdscale.study.report import write_report
 from hdscale.study.rows import moved_keys, pareto, read_rows, seed_axes
 from hdscale.study.spec import load_study
@@ -70,7 +70,7 @@ def test_the_page_holds_its_pictures_and_its_links_lead_somewhere(reported):
 def test_fits_find_the_planted_exponent_and_mark_extrapolation(reported):
     words = Page(reported[2].read_text()).words
     exponents = re.findall(r"L = [\d.]+ \(N / 1\.1\de\+06\)\^-(0\.\d+)", words)
-    assert len(exponents) == 2  # one a method
+    assert len(exponents) == 2  # one per method
     assert all(abs(float(value) - 0.2) < 0.03 for value in exponents)
     assert "beyond 4.3e+06 it is extrapolation" in words and "95% bootstrap" in words
 
@@ -110,7 +110,7 @@ def test_an_unfinished_study_is_reported_as_far_as_it_is(tmp_path):
 def test_nothing_to_report(tmp_path):
     study = load_study(write_study(tmp_path))
     store = Store(study.folder)
-    with pytest.raises(UserError, match="holds no study"):
+    with pytest.raises(UserError, match="is not the folder of a study"):
         write_report(store)
     store.open(study)
     with pytest.raises(UserError, match="no run of .* is done yet"):
@@ -165,13 +165,13 @@ def test_colours_differ_for_colour_blind_readers():
     deutan = ((0.29275, 0.70725, 0.0), (0.29275, 0.70725, 0.0), (-0.02234, 0.02234, 1.0))
     for matrix in (protan, deutan):
         seen = []
-        for colour in figures.COLOURS[:6]:
+        for colour in COLOURS[:6]:
             linear = [(int(colour[i : i + 2], 16) / 255) ** 2.2 for i in (1, 3, 5)]
             seen.append([max(0.0, sum(m * v for m, v in zip(row, linear, strict=True))) ** (1 / 2.2) for row in matrix])
         for one in range(len(seen)):
             for other in range(one):
                 distance = sum((a - b) ** 2 for a, b in zip(seen[one], seen[other], strict=True)) ** 0.5
-                assert distance > 0.1, (figures.COLOURS[one], figures.COLOURS[other], distance)
+                assert distance > 0.1, (COLOURS[one], COLOURS[other], distance)
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -190,8 +190,11 @@ def test_a_browser_opens_the_page_from_a_file(reported, tmp_path):
     probe = page.with_name("probe.html")
     script = """<script>window.onload = () => {
       const images = [...document.images];
-      document.title = JSON.stringify({images: images.length, decoded: images.filter(i => i.complete && i.naturalWidth > 500).length,
-        overflow: document.documentElement.scrollWidth - window.innerWidth, rows: document.querySelectorAll('tbody tr').length});
+      document.title = JSON.stringify({
+        images: images.length,
+        decoded: images.filter(i => i.complete && i.naturalWidth > 500).length,
+        overflow: document.documentElement.scrollWidth - window.innerWidth,
+        rows: document.querySelectorAll('tbody tr').length});
     }</script></body>"""
     probe.write_text(page.read_text().replace("</body>", script))
     done = subprocess.run(

@@ -29,8 +29,8 @@ def cluster(monkeypatch):
     state = Cluster()
     state.submitted = []
 
-    def launch(config, runs, fresh, dry_run):
-        assert not fresh and not dry_run
+    def launch(config, runs, dry_run):
+        assert not dry_run
         names = [one.run.name for one, _ in runs]
         assert all(one.cluster == config.cluster for one, _ in runs)
         state.submitted.append(names)
@@ -41,7 +41,7 @@ def cluster(monkeypatch):
         )
         return 0
 
-    monkeypatch.setattr(hdscale.launch, "launch", launch)
+    monkeypatch.setattr(hdscale.study.submit, "submit_launch", launch)
     monkeypatch.setattr(hdscale.study.submit, "live_jobs", lambda record: {
         job: word for job, word in state.live.items() if job.split("_")[0] == record.job
     })  # fmt: skip
@@ -50,9 +50,12 @@ def cluster(monkeypatch):
 
 def opened(tmp_path):
     axes = {
-        "size": {"small": {"model.name": "tiny-1", "cluster.gpus_per_node": 1}, "big": {"model.name": "tiny-4", "cluster.gpus_per_node": 8}},
+        "size": {
+            "small": {"model.name": "tiny-1", "cluster.gpus_per_node": 1},
+            "big": {"model.name": "tiny-4", "cluster.gpus_per_node": 8},
+        },
         "run.seed": [1, 2],
-    }  # fmt: skip
+    }
     study = load_study(write_study(tmp_path, axes=axes, limits={"retries": 1}))
     store = Store(study.folder)
     store.open(study)
@@ -86,7 +89,7 @@ def test_failures_are_counted_and_a_run_is_given_up(tmp_path, cluster):
         submit(study, store)
         for folder in (store.folder / "launches").iterdir():
             write_state(folder, 0, RunState(outcome="failed", code=1, reason="it broke"))
-    # the first of each array fails at its two starts (retries 1) and is given up
+    # the first of each array fails at its two starts (retries 1) and is not submitted again
     assert sum("small_seed1" in names for names in cluster.submitted) == 2
     assert statuses(store)["small_seed1"].state == "failed"
     assert "it broke" in statuses(store)["small_seed1"].note

@@ -29,7 +29,7 @@ def task_from_mapping(declaration: Mapping[str, Any], name: str | None = None) -
 
     Args:
         declaration: the keys of `KEYS`; `kind`, `source` and one of `files` and `repo` are required.
-        name: the key under `data.custom`, where the mapping has no `name` of its own.
+        name: the key under `data.custom`, where the mapping has no `name`.
 
     Raises:
         UserError: naming the task and the key that is missing, unknown or has an unusable value.

@@ -52,7 +52,7 @@ def tasks(settings: DataSettings) -> list[Task]:
         glue("mrpc", PAIR, HALVED, ("accuracy", "f1")),
         replace(
             glue("qqp", "{name} question1: {{question1}} question2: {{question2}}", CARVED, ("accuracy", "f1")),
-            # the official files hold a few pairs with one question missing; Table 10 counts them
+            # the official files have a few pairs with one question missing; Table 10 counts them
             may_be_empty=("question1", "question2"),
         ),
         glue(

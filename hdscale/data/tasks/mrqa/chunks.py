@@ -1,6 +1,6 @@
 """Cutting question and context into windows of tokens (Section 3.1.2).
 
-A window holds the prompt, some tokens of the context and `</s>`, at most `window` in all; neighbours share
+A window consists of the prompt, some tokens of the context and `</s>`, at most `window` in all; neighbours share
 `overlap` context tokens. The cuts are those of one tokenisation of the whole prompt, mapped to characters by
 the offsets of a fast tokenizer.
 
@@ -9,7 +9,7 @@ How oddities are handled:
 - the overlap is at most half of what the window leaves to the context, so that every window moves on;
 - an empty context gives one window with the prompt alone;
 - an answer across a window's border is not found in it. One of up to `overlap` tokens lies whole in a
-  neighbour; a longer one that no window holds gets, in training only, a further window of its own, if it fits
+  neighbour; a longer one that is in no window gets, in training only, an additional window, if it fits
   one.
 """
 
@@ -26,7 +26,7 @@ from hdscale.data.tasks.mrqa.question import Question
 from hdscale.errors import UserError
 
 READ_AHEAD = 256
-"""Questions tokenised at once (the tokenizer has threads of its own)."""
+"""Questions tokenised at once (the tokenizer has its own threads)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def chunks_of(
     context_ids = ids[first_token:]
     token_starts = [max(0, start - border) for start in starts[first_token:]]
     covered = (
-        # a space of its own is given the first letter of the word behind it: in truth it covers none
+        # a separate space gets the offsets of the next word's first letter, which it does not cover
         start if token == blank_id else end - border
         for token, start, end in zip(context_ids, token_starts, ends[first_token:], strict=True)
     )
@@ -121,7 +121,7 @@ def chunks_of(
         windows += rescue(windows, [tokens for _, tokens in answers], len(context_ids), room)
     for number, (begin, stop) in enumerate(windows):
         start = 0 if begin == 0 else token_starts[begin]
-        # up to the next token: characters that no token covers (an accent of its own, white space) stay with
+        # up to the next token: characters that no token covers (a separate accent, white space) stay with
         # the one before
         end = len(question.context) if stop == len(context_ids) else max(token_starts[stop], token_ends[stop - 1])
         inside = [span for span, (low, high) in answers if begin <= low and high <= stop]

@@ -268,7 +268,7 @@ def test_a_template_that_does_not_end_with_the_context():
 
 
 def test_tokenised_chunks_are_the_windows_themselves(tmp_path):
-    """The cache holds the windows' own ids, row for row with the examples; a changed overlap is another
+    """The cache has the windows' own ids, row for row with the examples; a changed overlap is another
     entry.
     """
     long = "cat sat on mat . red dog ran far " * 20

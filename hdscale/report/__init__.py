@@ -1,0 +1,1 @@
+"""Pages that studies and analyses write: their parts, pictures and colours."""

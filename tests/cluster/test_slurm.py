@@ -21,6 +21,10 @@ from pathlib import Path
 
 import pytest
 
+# imported before the first test: submitit sets up logging, which closes existing handlers, and absl's closes the file
+# into which pytest captures stderr
+import submitit  # noqa: F401
+
 from hdscale.cluster.records import launch_folder, read_launch, read_state
 from hdscale.cluster.settings import minutes_of
 from hdscale.commands.cli import main

@@ -203,7 +203,10 @@ def test_collectives_are_counted_once():
 
 def test_op(bench, tmp_path):
     target = tmp_path / "op.json"
-    assert bench("op", "--shape", "d=32,a=4,k=8,layers=2,batch=2", "--rounds", "1", "--json", str(target)) == 0
+    table = tmp_path / "op.md"
+    shape = ["--shape", "d=64,a=8,k=16,layers=2,batch=16", "--device", "cpu"]
+    assert bench("op", *shape, "--rounds", "1", "--json", str(target), "--markdown", str(table)) == 0
+    assert "| operator (cpp) |" in table.read_text()
     found = json.loads(target.read_text())
     assert [row["what"] for row in found["rows"]] == ["operator (cpp)", "matmul+bmm", "least possible"]
     operator, plain, least = found["rows"]

@@ -154,17 +154,3 @@ def test_shapes_of_the_benchmark():
         parse_shape("larg")
     with pytest.raises(UserError, match="is not a shape"):
         parse_shape("large,batch=0")
-
-
-@needs_compiler
-def test_benchmark(tmp_path, capsys, monkeypatch):
-    table, figures = tmp_path / "table.md", tmp_path / "figures.json"
-    shape = ["--shape", "d=64,a=8,k=16,layers=2,batch=16", "--device", "cpu"]
-    command = ["bench", "op", *shape, "--rounds", "1", "--json", str(figures), "--markdown", str(table)]
-    monkeypatch.setattr(sys, "argv", ["hdscale", *command])
-    assert main(command) == 0
-    operator, plain, least = json.loads(figures.read_text())["rows"]
-    assert operator["what"] == "operator (cpp)" and operator["max_error"] < 1e-5
-    assert 0 < operator["kept_mb"] < plain["kept_mb"]
-    assert 0 < least["forward"] < least["forward_backward"]
-    assert "| operator (cpp) |" in table.read_text() and "least possible" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -85,6 +85,25 @@ class SplitRows(Protocol[Row_co]):
 
     def row(self, number: int, /) -> Row_co:
         """The row at this position."""
+
+
+class RowSample(Generic[Row_co]):
+    """Some rows of a split, in order: position `number` here is row `chosen[number]` there."""
+
+    def __init__(self, rows: SplitRows[Row_co], chosen: Sequence[int]) -> None:
+        self._rows, self._chosen = rows, chosen
+
+    @property
+    def source_lengths(self) -> np.ndarray:
+        """Tokens of each row's source."""
+        return np.asarray(self._rows.source_lengths)[list(self._chosen)]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def row(self, number: int, /) -> Row_co:
+        """The row at this position of the sample."""
+        return self._rows.row(self._chosen[number])
 
 
 @dataclasses.dataclass(frozen=True)

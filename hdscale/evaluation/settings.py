@@ -12,9 +12,11 @@ class EvalSettings(Settings):
 
     every: int = setting(1000, "evaluate on the validation sets every this many steps (0: only at the end)", at_least=0)
     limit: Optional[int] = setting(
-        None, "most validation rows per task (the test is always complete); default: all", at_least=1
+        None, "validation rows per task, a seeded sample (the test is always complete); default: all", at_least=1
     )
-    test_limit: Optional[int] = setting(None, "most test rows per task, for trial runs; default: all", at_least=1)
+    test_limit: Optional[int] = setting(
+        None, "test rows per task, a seeded sample, for trial runs; default: all", at_least=1
+    )
     batch_size: Optional[int] = setting(
         None,
         "rows per evaluation batch; default: the largest power of two that fits, found once and stored in the run",

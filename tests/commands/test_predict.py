@@ -253,7 +253,7 @@ def test_millions_of_rows_in_bounded_memory(monkeypatch):
 
 def predictor_of(choice: Choice, config: Config, **options) -> Predictor:
     loaded = choice.load(config)
-    return Predictor(loaded.model, loaded.tokenizer, loaded.task_ids, config.eval, config.data, **options)
+    return Predictor(loaded.model, loaded.tokenizer, config.eval, config.data, loaded.task_id, **options)
 
 
 def test_batches_are_halved_when_out_of_memory(run_folder, monkeypatch):

@@ -57,8 +57,8 @@ class Loaded:
         found = task_id_of(name, self.task_ids)
         if found == UNKNOWN_TASK and self.conditioned_on_tasks and unseen != "mean":
             raise UserError(
-                f"the model does not know {f'task {name}' if name else 'free text'}; it knows {', '.join(self.task_ids)}. "
-                "--unseen-task mean gives such rows the mean of the task embeddings"
+                f"the model does not know {f'task {name}' if name else 'free text'}; it knows "
+                f"{', '.join(self.task_ids)}. --unseen-task mean gives such rows the mean of the task embeddings"
             )
         return found
 

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import math
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -25,10 +26,11 @@ import torch
 from hdscale.bases.base import tokenizer_name
 from hdscale.config import Config, load_config, to_dict
 from hdscale.data.batches import Row, collate
+from hdscale.data.checks import check_labels, check_rouge, losses_of
 from hdscale.data.feed import Feed
 from hdscale.data.micro_batches import deal
 from hdscale.data.mixture import Mixture
-from hdscale.data.sources import check_splits
+from hdscale.data.sources import check_split, check_splits, load_split
 from hdscale.data.tasks import Task
 from hdscale.data.tokenize import load_tokenizer, tokenized_split
 from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
@@ -48,14 +50,18 @@ from hdscale.files import write_json
 from hdscale.modeling.export import read_trainables
 from hdscale.modeling.model import AdaptedModel, build_model
 from hdscale.ops.precision import DTYPES
-from hdscale.resolve import resolve
+from hdscale.resolve import ResolvedTasks, resolve
 from hdscale.runs.folder import RunFolder
 from hdscale.runs.log import RunLog
+from hdscale.runs.progress import RowProgress
 from hdscale.runs.provenance import provenance
 from hdscale.runs.results import RESULTS_FORMAT, print_results
 from hdscale.runs.scores import Score, task_score
 from hdscale.runs.settled import Settled
 from hdscale.runs.state import RunState
+
+ROUGE_ROWS = 1000
+"""Training targets in which ROUGE must find something to read."""
 
 
 def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
@@ -88,6 +94,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
 
         # ---- data: one global order of all tasks' rows
         tokenizer = load_tokenizer(tokenizer_name(config.model), config.model.revision)
+        check_data(tasks, config, tokenizer, log)
         mixture = Mixture(
             [tokenized_split(task, "train", tokenizer, config.data) for task in tasks.trained],
             config.run.seed,
@@ -178,6 +185,37 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         if ranks.is_main:
             print_results(results)
     return EXIT_DONE
+
+
+def check_data(tasks: ResolvedTasks, config: Config, tokenizer: Any, log: RunLog) -> None:
+    """Tokenise every split that the run will read, so that a mistake in any of their rows is found before training.
+
+    What is in the cache already is not read again. The log says what the texts lose as tokens.
+
+    Raises:
+        UserError: for a missing split, a row that cannot be used, or labels that the tokenizer does not give back.
+    """
+    wanted = [(task, "train") for task in tasks.trained]
+    if config.eval.every or config.eval.select != "last":
+        wanted += [(task, "validation") for task in tasks.trained]
+    if config.eval.test:
+        wanted += [(task, "test" if "test" in task.splits else "validation") for task in tasks.all]
+    for task in tasks.all:
+        check_labels(task, tokenizer, config.data.max_target_length)
+    with RowProgress(log.active) as progress:
+        for number, (task, split) in enumerate(wanted, start=1):
+            check_split(task, split)
+            found = tokenized_split(task, split, tokenizer, config.data)
+            progress("splits read", number, len(wanted))
+            if split == "train":
+                check_rouge(task, first_targets(task, config))
+                if line := losses_of(task, found):
+                    log.info(line)
+
+
+def first_targets(task: Task, config: Config) -> list[str]:
+    """Some of a task's training targets."""
+    return [example.target for example in islice(load_split(task, "train", config.data), ROUGE_ROWS)]
 
 
 def open_log(folder: RunFolder, config: Config, ranks: Ranks) -> RunLog:

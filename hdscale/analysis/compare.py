@@ -150,8 +150,8 @@ def check_same_rows(runs: Sequence[RunResult]) -> None:
             other = first.scores.get(task)
             if other is not None and other.rows != score.rows:
                 raise UserError(
-                    f"{task} {run.split}: {score.rows_shown} rows in {run.folder}, {other.rows_shown} in {first.folder}; "
-                    "evaluate both on the same rows (hdscale evaluate --run ...)"
+                    f"{task} {run.split}: {score.rows_shown} rows in {run.folder}, {other.rows_shown} in "
+                    f"{first.folder}; evaluate both on the same rows (hdscale evaluate --run ...)"
                 )
 
 

@@ -35,22 +35,22 @@ def mark(name: str) -> AbstractContextManager:
 
 
 def track_cpu(work: Callable[[], None]) -> Allocations:
-    """Run `work`, which passes marks, and sum up the CPU allocator's news."""
+    """Run `work`, which passes marks, and add up the CPU allocator's events."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profiler:
         work()
-    news: list[tuple[int, str, int]] = []
+    events: list[tuple[int, str, int]] = []
     for event in profiler.profiler.kineto_results.events():
         name = event.name()
         if name == "[memory]":
-            news.append((event.start_ns(), "", event.nbytes()))
+            events.append((event.start_ns(), "", event.nbytes()))
         elif name.startswith(MARK):
-            news.append((event.start_ns(), name.removeprefix(MARK), 0))
-    news.sort(key=lambda one: one[0])
+            events.append((event.start_ns(), name.removeprefix(MARK), 0))
+    events.sort(key=lambda one: one[0])
     found = Allocations()
     live, phase = 0, ""
-    for _, name, size in news:
+    for _, name, size in events:
         if name:
             phase = name
             found.live[phase] = found.peaks[phase] = live

@@ -1,8 +1,7 @@
 """`hdscale bench curves`: the losses of a run with everything that makes it fast on, against everything off.
 
-Three short runs of one configuration see the same rows in the same order: fast, plain, and plain in float32. What the
-plain run itself changes between bfloat16 and float32 is the yardstick: fast and plain may differ by rounding, and by no
-more than that.
+Three short runs of one configuration get the same rows in the same order: fast, plain, and plain in float32. Fast and
+plain may differ by rounding only: by no more than the plain run differs between bfloat16 and float32.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from hdscale.bench.options import CurvesOptions
 from hdscale.bench.report import progress, publish
 from hdscale.bench.timing import device_of
 from hdscale.errors import UserError
+from hdscale.runs.folder import METRICS
 
 OFF = (
     "method.backend=torch", "model.attention=eager", "train.sort_by_length=false", "train.micro_batch_size=null",
@@ -81,13 +81,13 @@ def losses(options: CurvesOptions, folder: Path, name: str, dtype: str, settings
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-        raise UserError(f"the run failed ({reason}); try it: {' '.join(command[1:])}")
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        raise UserError(f"the run failed ({reason}); to see more, run: {' '.join(command[1:])}")
+    lines = [json.loads(line) for line in (folder / name / METRICS).read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
 def compare(curves: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """One row a run: where it ended, and how far it was from the plain run in bfloat16."""
+    """One row per run: where it ended, and how far it was from the plain run in bfloat16."""
     plain = curves["plain, bf16"]
     return [
         {

@@ -27,7 +27,7 @@ PAD_ID = 0
 
 
 class RowsInMemory:
-    """Synthetic rows in the place of a tokenised set."""
+    """Synthetic rows in place of a tokenised set."""
 
     task = "synthetic"
 
@@ -134,8 +134,8 @@ def paddings(batches: list[list[Row]], options: DataOptions) -> dict[str, float]
             "micro_batch_size": options.micro_batch_size,
             "sort_by_length": False,
         },
-        f"{options.micro_batch_size} rows of like length": {"micro_batch_size": options.micro_batch_size},
-        f"{options.tokens_per_micro_batch} tokens of like length": {
+        f"{options.micro_batch_size} rows of similar length": {"micro_batch_size": options.micro_batch_size},
+        f"{options.tokens_per_micro_batch} tokens of similar length": {
             "tokens_per_micro_batch": options.tokens_per_micro_batch
         },
     }

@@ -1,10 +1,10 @@
-"""`hdscale bench decode`: generation with the adapters generated once, against the released manner.
+"""`hdscale bench decode`: generation by hdscale, with the adapters generated once, against the released code's way.
 
-Three comparisons on the same rows: so many tokens for mixed rows (in batches of like length here, in the data's order
-there), so many tokens for one and the same batch, and a whole evaluation of GLUE's validation sets, task by task
-(sorted batches as `hdscale evaluate` forms them here, the data's order there). The released manner pads to the longest
-row, runs transformers' modules and greedy search with eager attention, and generates every adapter anew at each token.
-Each side runs in its own dtypes; both decode greedily, since the release states beams for summaries only.
+Three comparisons on the same rows: a fixed number of tokens for mixed rows (hdscale sorts them into batches of similar
+length, the released code takes them in the data's order); a fixed number of tokens for one batch; and an evaluation of
+GLUE's validation sets, task by task (sorted as `hdscale evaluate` does, against the data's order). The released way
+pads to the longest row, runs transformers' modules and greedy search with eager attention, and generates every adapter
+again at each token. Both sides decode greedily, since the paper states beams for summaries only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Jobs = list[tuple[list[list[Row]], int, int]]
 def run(options: DecodeOptions) -> None:
     """Decode with both sides in turns, and compare."""
     check_size(options.size)
-    # random weights are what is asked for here
+    # every model here has random weights on purpose: no warning for each
     logging.getLogger("hdscale.bases.base").setLevel(logging.ERROR)
     device = device_of(options.device)
     mixed, sets = (
@@ -47,7 +47,7 @@ def run(options: DecodeOptions) -> None:
     sides: dict[str, AdaptedModel] = {}
     for dtype in options.dtypes:
         sides[f"hdscale-{dtype}"] = build_model(hyperdecoder_settings(options.size), DTYPES[dtype], device).eval()
-        # the very same weights, in the released manner
+        # the same weights, computed as the released code does
         released = build_model(
             hyperdecoder_settings(options.size, attention="eager", backend="torch"), DTYPES[dtype], device
         ).eval()
@@ -81,7 +81,7 @@ def run(options: DecodeOptions) -> None:
 
 
 def comparisons(options: DecodeOptions, mixed: list[Row], sets: list[EvaluationSet]) -> list[tuple[str, Jobs, Jobs]]:
-    """(name, what this code decodes, what the released manner decodes)."""
+    """(name, what hdscale decodes, what the released code decodes)."""
     size, tokens = options.batch_size, options.tokens
     one = [mixed[:size]]
     return [
@@ -95,7 +95,7 @@ def comparisons(options: DecodeOptions, mixed: list[Row], sets: list[EvaluationS
 
 
 def one_in(every: int, batches: list[list[Row]]) -> list[list[Row]]:
-    """A whole set's batches thinned out evenly, so that a fraction of the time stands for all of it."""
+    """Every so many batches of a set, evenly spread: a sample whose time is representative of the set."""
     return batches[min(every // 2, len(batches) - 1) :: every]
 
 

@@ -1,7 +1,7 @@
 """`hdscale bench memory`: the plan's memory against measured peaks of real training steps under DeepSpeed.
 
-On a CPU five tiny shapes, counted by the allocator's own news (`hdscale.bench.allocations`); on a GPU base and large,
-by the caching allocator. What a GPU needs besides tensors (context, libraries) is in neither number.
+On a CPU five tiny shapes, from the allocator's events (`hdscale.bench.allocations`); on a GPU base and large, from the
+caching allocator. What a GPU needs besides tensors (context, libraries) is in neither number.
 """
 
 from __future__ import annotations

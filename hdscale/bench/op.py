@@ -1,11 +1,9 @@
-"""`hdscale bench op`: the generated-adapter operator against (a) matmul + bmm and (b) the same under
-torch.compile.
+"""`hdscale bench op`: the generated-adapter operator against (a) matmul + bmm and (b) the same under torch.compile.
 
-For each shape: forward, forward + backward, and bytes kept for the backward pass, over all layers of one
-step. The results are checked against double precision before anything is timed; the implementations alternate,
-and the best and the median of the rounds are reported. The floor beside them is arithmetic over the peak that
-a large matrix product reaches in the same run: generation twice and its two gradients for forward + backward,
-generation once for forward.
+For each shape: forward, forward + backward, and bytes kept for the backward pass, over all layers of one step. The
+results are checked against double precision before anything is timed; the implementations alternate, and the best and
+the median of the rounds are reported. "Least possible" is the necessary arithmetic, divided by the speed of a large
+matrix product in the same run: generation once for forward; twice, and its two gradients, for forward + backward.
 """
 
 from __future__ import annotations
@@ -29,14 +27,12 @@ from hdscale.ops.cases import TOLERANCE, Case, random_case
 from hdscale.ops.naive import Shape
 from hdscale.ops.verify import relative_errors
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def run(options: OpOptions) -> None:
     """Check and time the operator and what it is compared with, at each shape."""
     device = device_of(options.device)
-    dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    # not auto: the measurement is what decides where auto turns to PyTorch
+    dtype: torch.dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    # not auto, which may choose PyTorch
     backend = options.backend or {"cpu": "cpp", "cuda": "cuda"}[device.type]
     shapes = [parse_shape(text) for text in options.shape]
     peak = matmul_peak(dtype, device)
@@ -77,12 +73,10 @@ def parse_shape(text: str) -> Shape:
     return Shape(sizes["batch"], sizes["tokens"], sizes["d"], sizes["a"], sizes["k"], sizes["layers"])
 
 
-# ---- contenders: a forward pass over all layers ----------------------------------------------------------
-
 Forward = Callable[[list[Tensor], Tensor, AdapterHeads], list[Tensor]]
 
 
-def contenders(backend: str, compile: bool) -> dict[str, Forward]:
+def implementations(backend: str, compile: bool) -> dict[str, Forward]:
     """Name -> forward pass over all layers of one step: xs, codes [N, B, K], heads -> ys."""
 
     def operator(x, code, heads):
@@ -104,7 +98,7 @@ def contenders(backend: str, compile: bool) -> dict[str, Forward]:
 def measure(
     shape: Shape, dtype: torch.dtype, device: torch.device, backend: str, rounds: int, compile: bool
 ) -> list[dict[str, Any]]:
-    """Check, then time, every way at one shape: one row each.
+    """Check, then time, every implementation at one shape: one row each.
 
     Seconds are the best of the rounds and their median; MB are what is kept for the backward pass, parameters apart;
     `speed_up` and `times_less_kept` are against matmul + bmm.
@@ -117,7 +111,7 @@ def measure(
         AdapterHeads(*(tensor.requires_grad_() for tensor in case.heads)),
     )
     inputs = [*x, code, *heads]
-    ways = contenders(backend, compile)
+    ways = implementations(backend, compile)
     forward: dict[str, list[float]] = {name: [] for name in ways}
     both: dict[str, list[float]] = {name: [] for name in ways}
     kept = {}

@@ -1,9 +1,9 @@
-"""`hdscale bench scaling`: 1 and 2 real ranks under DeepSpeed, what they send, and what that predicts elsewhere.
+"""`hdscale bench scaling`: 1 and 2 real ranks under DeepSpeed, what they communicate, and a prediction for GPUs.
 
 Each world is a separate set of processes with equally many threads per rank, training the same rows twice: with the
 global batch fixed (strong scaling) and with each rank's share fixed (weak scaling). Bytes are counted where
-torch.distributed is called and compared with ZeRO-2's arithmetic. The prediction for GPUs is one: nothing of it is
-measured.
+torch.distributed is called and compared with ZeRO-2's arithmetic. The prediction for GPUs is arithmetic, not a
+measurement.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from hdscale.bench.options import ScalingOptions
 from hdscale.bench.report import progress, publish
 from hdscale.bench.rows import check_size
 from hdscale.bench.scaling_rank import Task, task_rows
-from hdscale.bench.variants import hyperdecoder_settings, trainable_parameters
+from hdscale.bench.variants import hyperdecoder_settings
 from hdscale.engine.ranks import free_port
 from hdscale.errors import UserError
 from hdscale.modeling import build_model
+from hdscale.modeling.parameters import count_parameters
+from hdscale.ops.precision import DTYPES
 
-BITS = {"fp32": 4, "bf16": 2}
-PATIENCE = 1800.0
-"""Seconds after which a measurement fails."""
+LIMIT_SECONDS = 1800.0
+"""Time after which a measurement fails."""
 
 
 def run(options: ScalingOptions) -> None:
-    """Train with each number of ranks, count what they send, and predict other machines."""
+    """Train with each number of ranks, count what they communicate, and predict other machines."""
     check_size(options.size)
     check_size(options.predict_size, "--predict-size")
     measured: list[dict[str, Any]] = []
@@ -48,16 +49,16 @@ def run(options: ScalingOptions) -> None:
                 continue
             progress(f"{ranks} ranks, {kind}: {options.steps} steps of {batch} rows")
             measured.append({"what": kind} | world(options, ranks, batch))
-    heard = max(measured, key=lambda row: row["ranks"])
+    largest = max(measured, key=lambda row: row["ranks"])
     publish(
         f"scaling, {options.size}, {options.dtype}, {options.lengths} lengths, {options.threads} threads per rank, "
         "ZeRO-2 on cpu",
         table(measured),
         options,
         torch.device("cpu"),
-        bytes_per_step_and_rank=heard["bytes"],
-        collectives_per_step_and_rank=heard["calls"],
-        by_arithmetic=arithmetic(heard, options),
+        bytes_per_step_and_rank=largest["bytes"],
+        collectives_per_step_and_rank=largest["calls"],
+        by_arithmetic=arithmetic(largest, options),
         predicted_not_measured=predictions(options),
     )
 
@@ -80,9 +81,9 @@ def world(options: ScalingOptions, ranks: int, batch: int) -> dict[str, Any]:
             while any(process.poll() is None for process in processes) and not any(
                 process.poll() for process in processes
             ):
-                if time.monotonic() - began > PATIENCE:
+                if time.monotonic() - began > LIMIT_SECONDS:
                     raise UserError(
-                        f"{ranks} ranks took more than {PATIENCE:.0f} s; use fewer --steps or a smaller --size"
+                        f"{ranks} ranks took more than {LIMIT_SECONDS:.0f} s; use fewer --steps or a smaller --size"
                     )
                 time.sleep(0.1)
             for rank, process in enumerate(processes):
@@ -133,11 +134,14 @@ def table(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def arithmetic(heard: dict[str, Any], options: ScalingOptions) -> dict[str, Any]:
-    """ZeRO-2's own: every micro-batch's gradients are reduced in fp32, the updated weights are gathered once."""
-    trainable, micro_batches = heard["trainable"], heard["micro_batches"]
-    expected = trainable * (4 * micro_batches + BITS[options.dtype])
-    counted = sum(heard["bytes"].values())
+def arithmetic(measured: dict[str, Any], options: ScalingOptions) -> dict[str, Any]:
+    """ZeRO-2's communication by arithmetic, and the counted bytes as a multiple of it.
+
+    The gradients of every micro-batch are reduced in float32; the updated weights are gathered once.
+    """
+    trainable, micro_batches = measured["trainable"], measured["micro_batches"]
+    expected = trainable * (4 * micro_batches + DTYPES[options.dtype].itemsize)
+    counted = sum(measured["bytes"].values())
     return {
         "trainable": trainable,
         "micro_batches": micro_batches,
@@ -149,13 +153,13 @@ def arithmetic(heard: dict[str, Any], options: ScalingOptions) -> dict[str, Any]
 def predictions(options: ScalingOptions) -> list[dict[str, Any]]:
     """What 8 GPUs of a node and 8 nodes would lose to communication, none of it hidden behind computation.
 
-    Gradients are all-reduced in float32, as is counted here, and weights gathered in bfloat16: a ring sends 2 (W-1)/W
-    of the ones and (W-1)/W of the others from each rank. Computing is four operations for each weight of the frozen
-    base and token (forward, and backward to its input).
+    Gradients are all-reduced in float32, as is counted here, and weights are gathered in bfloat16: in a ring of W
+    ranks, each sends 2 (W-1)/W of the gradients' bytes and (W-1)/W of the weights'. Computation is four operations for
+    each weight of the frozen base and each token (forward, and backward to its input).
     """
     config = hyperdecoder_settings(options.predict_size)
     model = build_model(config, device="meta")
-    trainable = trainable_parameters(model)
+    trainable = count_parameters(model).trainable
     encoder, decoder = (
         sum(p.numel() for p in stack.parameters()) for stack in (model.base.encoder.block, model.base.decoder.block)
     )
@@ -171,7 +175,7 @@ def predictions(options: ScalingOptions) -> list[dict[str, Any]]:
         ("8 nodes of one GPU, InfiniBand", 8, options.infiniband),
     ):
         moved = (ranks - 1) / ranks * trainable * (2 * 4 + 2)
-        speaking = moved / (bandwidth * 1e9) + 2 * options.latency * 1e-6
+        communicating = moved / (bandwidth * 1e9) + 2 * options.latency * 1e-6
         found.append(
             {
                 "on": name,
@@ -181,8 +185,8 @@ def predictions(options: ScalingOptions) -> list[dict[str, Any]]:
                 "assumed TFLOP/s": options.tflops,
                 "MB per step and rank": moved / 1e6,
                 "ms computing": 1000 * computing,
-                "ms communicating": 1000 * speaking,
-                "efficiency": computing / (computing + speaking),
+                "ms communicating": 1000 * communicating,
+                "efficiency": computing / (computing + communicating),
             }
         )
     return found

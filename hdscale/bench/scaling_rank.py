@@ -1,4 +1,4 @@
-"""One rank of `hdscale bench scaling`: trains what the folder's task says, and counts what is sent."""
+"""One rank of `hdscale bench scaling`: trains as `task.json` in the folder says, and counts what is communicated."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from hdscale.engine.deepspeed_engine import build_engine
 from hdscale.engine.environment import read_environment
 from hdscale.engine.ranks import Ranks
 from hdscale.modeling import build_model
+from hdscale.modeling.parameters import count_parameters
 from hdscale.ops.precision import DTYPES
 from hdscale.resolve import resolve
 
@@ -50,10 +51,10 @@ def task_rows(options: RowOptions, task: Task) -> list[Row]:
     return make_rows(options, task.batch * (task.steps + 1), task.size)
 
 
-class Heard:
-    """Counts the bytes of tensors that torch.distributed's collectives get, by collective.
+class CollectiveCounter:
+    """Counts the calls of torch.distributed's collectives, and the bytes of their tensors, by collective.
 
-    A collective's payload is its larger side: what is reduced or broadcast, or what a gather puts together.
+    A call counts the larger side: the tensor that is reduced or broadcast, or the result of a gather.
     """
 
     def __init__(self) -> None:
@@ -61,14 +62,14 @@ class Heard:
         self.calls: Counter[str] = Counter()
         self._inside = False
 
-    def listen(self) -> None:
-        """Wrap torch.distributed's functions, in this process and for good."""
+    def install(self) -> None:
+        """Wrap torch.distributed's functions, in this process and until it ends."""
         for name in COLLECTIVES:
             if hasattr(dist, name):
                 setattr(dist, name, self._counting(name, getattr(dist, name)))
 
-    def forget(self) -> None:
-        """Count from nothing."""
+    def reset(self) -> None:
+        """Set all counts to zero."""
         self.bytes.clear()
         self.calls.clear()
 
@@ -95,8 +96,10 @@ def size_of(value: Any) -> int:
     return sum(map(size_of, value)) if isinstance(value, list | tuple) else 0
 
 
-def measure(ranks: Ranks, task: Task, rows: list[tuple[list[int], list[int]]], heard: Heard) -> dict[str, Any]:
-    """Train, and say what the slowest rank took and what this one sent in the last step.
+def measure(
+    ranks: Ranks, task: Task, rows: list[tuple[list[int], list[int]]], counter: CollectiveCounter
+) -> dict[str, Any]:
+    """Train; return the seconds of the slowest rank, and what this rank communicated in the last step.
 
     Args:
         rows: source and target of each row of all steps.
@@ -112,19 +115,19 @@ def measure(ranks: Ranks, task: Task, rows: list[tuple[list[int], list[int]]], h
     )  # fmt: skip
     resolved = resolve(config, ranks.world_size)
     model = build_model(resolved.model, DTYPES[task.dtype], ranks.device, seed=0, trainable_dtype=torch.float32)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = count_parameters(model).trainable
     engine = build_engine(model, config.train, resolved.deepspeed, ranks, config.run.seed)
-    seconds, said, calls = [], {}, {}
+    seconds: list[float] = []
     for step in range(task.steps + 1):
         rows_of_step = mixed[step * task.batch : (step + 1) * task.batch]
         parts = deal(rows_of_step, ranks.world_size, task.micro_batch_size)[ranks.rank]
         batches = [collate(part, 0) for part in parts]
         ranks.barrier()
-        heard.forget()
+        counter.reset()
         start = time.perf_counter()
         engine.train_step(batches).result()
         seconds.append(time.perf_counter() - start)
-        said, calls = dict(heard.bytes), dict(heard.calls)
+    counted = {"bytes": dict(counter.bytes), "calls": dict(counter.calls)}
     slowest = [max(one) for one in zip(*ranks.gather_objects(seconds), strict=True)]
     engine.close()
     return {
@@ -133,18 +136,17 @@ def measure(ranks: Ranks, task: Task, rows: list[tuple[list[int], list[int]]], h
         "micro_batches": len(parts),
         "seconds": statistics.median(slowest[1:]),
         "trainable": trainable,
-        "bytes": said,
-        "calls": calls,
+        **counted,
     }
 
 
 def main(folder: Path) -> int:
     described = json.loads((folder / "task.json").read_text())
     task = Task(**described["task"])
-    heard = Heard()
-    heard.listen()  # DeepSpeed keeps some of the functions as it finds them when it starts
+    counter = CollectiveCounter()
+    counter.install()  # DeepSpeed keeps some of the functions as it finds them when it starts
     ranks = Ranks.start(read_environment(os.environ), task.threads, device="cpu")
-    result = measure(ranks, task, described["rows"], heard)
+    result = measure(ranks, task, described["rows"], counter)
     if ranks.is_main:
         (folder / "result.json").write_text(json.dumps(result))
     ranks.close()

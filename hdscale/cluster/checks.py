@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hdscale.cluster.settings import ClusterSettings
-from hdscale.errors import UserError, nearest
+from hdscale.errors import UserError, nearest, one_line
 
 
 @dataclass
@@ -104,8 +104,3 @@ def check_script(text: str) -> None:
         done = subprocess.run(["sbatch", "--test-only", str(script)], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"sbatch refuses the job: {one_line(done.stderr.replace('sbatch: error: ', ''))}")
-
-
-def one_line(text: str) -> str:
-    """Text without line breaks."""
-    return " ".join(text.split())

@@ -13,7 +13,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
 from hdscale.cluster.settings import ClusterSettings
-from hdscale.errors import UserError
+from hdscale.errors import UserError, one_line
 from hdscale.files import package_root
 
 
@@ -146,5 +146,5 @@ def take_snapshot(folder: Path) -> Path:
 def submission_error(error: FailedJobError | FailedSubmissionError) -> UserError:
     """sbatch's refusal in one line."""
     lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
-    words = "; ".join(line.split("error:", 1)[1].strip() for line in lines) or " ".join(str(error).split())
+    words = "; ".join(line.split("error:", 1)[1].strip() for line in lines) or one_line(error)
     return UserError(f"sbatch refuses the job: {words}")

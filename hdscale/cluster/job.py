@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,13 +14,15 @@ from types import FrameType
 
 from hdscale.cluster.batch import note_end, note_start
 from hdscale.cluster.records import LaunchRecord, error_file, read_launch, read_state
-from hdscale.errors import ERROR_FILE, EXIT_DONE
+from hdscale.errors import ERROR_FILE, EXIT_BROKEN, EXIT_DONE
 from hdscale.files import package_root
 
 LOCAL_AGAIN = 144
 """The exit code at which submitit's local controller starts the ranks again (at most six times)."""
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT)
-"""Signals that submitit handles, and that are the run's own business here."""
+"""Signals that submitit handles, and that the run handles itself here."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent ends."""
 
 
 @dataclass
@@ -73,7 +77,8 @@ class TrainingJob:
         run = record.runs[self.index]
         job = os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
         note_start(folder, self.index, run, job, str(folder / f"{job}_0_log.out") if executor == "local" else "")
-        code = run_with_signals(self.command(folder, record))
+        run_rank = run_in_process if executor == "debug" else run_with_signals
+        code = run_rank(self.command(folder, record))
         state = note_end(folder, self.index, run, code, "RUNNING", record.max_requeues)
         if state.outcome == "again" and executor == "local":
             print(f"hdscale: {run.name}: {state.reason}", file=sys.stderr, flush=True)
@@ -88,8 +93,11 @@ def environment() -> dict[str, str]:
 
 
 def run_with_signals(command: list[str]) -> int:
-    """Run a command, pass on the signals that this process gets, and return its exit code (as a shell counts it)."""
-    with subprocess.Popen(command, env=environment()) as child:
+    """Run a command, pass on the signals that this process gets, and return its exit code (as a shell counts it).
+
+    The command ends with this process, however that ends: submitit kills what it has started, and knows only this one.
+    """
+    with subprocess.Popen(command, env=environment(), preexec_fn=end_with_parent) as child:
 
         def forward(number: int, frame: FrameType | None) -> None:
             child.send_signal(number)
@@ -98,9 +106,34 @@ def run_with_signals(command: list[str]) -> int:
         try:
             code = child.wait()
         except KeyboardInterrupt:
-            # the terminal has told the child too: it saves and ends
-            code = child.wait()
+            # the launch was cancelled: nothing is noted, since the run has not ended by itself
+            child.send_signal(signal.SIGINT)
+            child.wait()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends; on Linux, elsewhere it stays alive."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def run_in_process(command: list[str]) -> int:
+    """Run `python -m hdscale ...` in this process and return its exit code.
+
+    Raises:
+        Exception: any that the run does not handle, for the debugger of submitit's debug executor.
+    """
+    arguments = sys.argv
+    sys.argv = command[command.index("-m") + 1 :]
+    try:
+        runpy.run_module("hdscale", run_name="__main__", alter_sys=False)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else EXIT_DONE if end.code is None else EXIT_BROKEN
+    finally:
+        sys.argv = arguments
+    return EXIT_DONE

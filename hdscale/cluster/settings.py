@@ -16,7 +16,7 @@ class ClusterSettings(Settings):
     """
 
     executor: Literal["slurm", "local", "debug"] = setting(
-        "slurm", "where `hdscale launch` runs: slurm, local (this machine) or debug (one process in the foreground)"
+        "slurm", "where `hdscale launch` runs: slurm, local (this machine) or debug (this process)"
     )
     nodes: int = setting(1, "number of nodes", at_least=1)
     gpus_per_node: int = setting(8, "GPUs per node, one rank each (0: CPU ranks)", at_least=0)

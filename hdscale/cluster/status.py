@@ -23,7 +23,7 @@ from hdscale.cluster.records import (
     read_launch,
     read_state,
 )
-from hdscale.errors import UserError
+from hdscale.errors import UserError, one_line
 from hdscale.runs.folder import RESULTS
 
 ENDED = (
@@ -180,7 +180,7 @@ def cancel(run_dir: str, name: str) -> int:
     if record.executor in ("slurm", "sbatch"):
         done = subprocess.run(["scancel", record.job], capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"scancel refuses: {' '.join(done.stderr.split())}")
+            raise UserError(f"scancel refuses: {one_line(done.stderr)}")
     else:
         for job in record.job.split(","):
             if is_controller(job):

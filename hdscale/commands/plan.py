@@ -95,7 +95,7 @@ def memory_table(plan: Plan) -> Table:
         ("trainables, as computed with", memory.trainable),
         ("float32 masters", memory.masters),
         ("AdamW's moments", memory.moments),
-        ("standing gradients (ZeRO-1)", memory.accumulation),
+        ("gradients kept between steps (ZeRO-1)", memory.accumulation),
     ):
         table.add_row(name, f"{value / 1e9:.3f}")
     table.add_section()

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--local", type=int, metavar="N", help="run here, N runs at a time, instead of on SLURM")
     how.add_argument("--status", action="store_true", help="show how far every run is; live on a terminal")
     how.add_argument("--dry-run", action="store_true", help="check everything, list the runs, start none")
-    parser.add_argument("--extend", action="store_true", help="the file has more runs than the study in the folder")
-    parser.add_argument("--retry", action="store_true", help="start runs again that failed too often")
+    parser.add_argument("--extend", action="store_true", help="add the new runs of the file to the study in the folder")
+    parser.add_argument("--retry", action="store_true", help="start the runs again that failed too often")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"one study at a time, not {len(args.target)}; or: hdscale study report DIR")
     target = Path(args.target[0])
     if args.status:
-        # a folder shows the study that is in it, also where its file has changed or is gone
+        # a folder shows the study that is in it, also where its file has changed or was removed
         return show_status(Store(target if target.is_dir() else load_study(target, args.dir).folder))
     if args.local is not None and args.local < 1:
         raise UserError(f"--local {args.local}: at least one run at a time")
@@ -74,7 +74,7 @@ def report(store: Store) -> int:
 
 
 def run_here(study: Study, store: Store, parallel: int) -> int:
-    """Run on this machine, with a live table on a terminal and lines of news elsewhere; then the report."""
+    """Run on this machine, with a live table on a terminal, elsewhere with a line for each event; then the report."""
     console = Console()
     if console.is_terminal:
         with Live(status_table(store), console=console, refresh_per_second=2) as live:

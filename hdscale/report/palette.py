@@ -11,5 +11,5 @@ PALE = "#999999"
 
 
 def style(index: int) -> tuple[str, str]:
-    """Colour and marker of a group; beyond the palette the pairs change."""
+    """Colour and marker of group number `index`; after the last colour, the colours come again with other markers."""
     return COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]

@@ -52,7 +52,7 @@ class Fit:
 
     Attributes:
         form: `power` or `offset`.
-        parameters: {name: estimate}; A has the unit of y and stands for x = x0.
+        parameters: {name: estimate}; A is the amplitude at x = x0, in the unit of y.
         intervals: {name: (low, high)}; an end is None where the data do not bound it.
         level: probability of the intervals.
         x0: geometric mean of the x that were fitted.

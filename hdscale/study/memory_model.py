@@ -121,12 +121,12 @@ class Memory:
 
     @property
     def standing(self) -> float:
-        """What is there between steps."""
+        """What is held between steps."""
         return self.frozen + self.trainable + self.masters + self.moments + self.accumulation
 
     @property
     def moments_of_peak(self) -> dict[str, float]:
-        """{moment: bytes on top of what stands}."""
+        """{moment: bytes on top of `standing`}."""
         return {
             "loss": self.encoder + self.decoder + self.generated + self.loss,
             "heads": self.encoder + self.generated + self.decoder_rest + self.heads,

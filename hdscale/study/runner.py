@@ -27,7 +27,7 @@ class LocalRunner:
 
     Args:
         study: expanded. store: its folder, opened. parallel: runs at a time.
-        say: prints a line of news. tick: called at each look, for a live table.
+        say: prints a line about an event. tick: called at each look, for a live table.
         command: of one run, given its configuration file (for tests).
     """
 
@@ -153,7 +153,7 @@ class LocalRunner:
 
     def _stop(self, asked: signal.Signals) -> int:
         """Have every run save a checkpoint, wait for them, and leave."""
-        self.say(f"{asked.name}: the runs save and stop (again: kill them); run the same command to continue")
+        self.say(f"{asked.name}: the runs save and stop (a second signal kills them); run the same command to continue")
         for job in self.pool.stop():
             # a run that is stopped has not failed, whatever its exit code
             code = EXIT_DONE if job.code == EXIT_DONE else EXIT_PREEMPTED

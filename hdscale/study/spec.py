@@ -198,7 +198,7 @@ def read_axes(tree: Any, path: Path) -> dict[str, list[Point]]:
         else:
             raise UserError(f"{where} must be a list of values, or a mapping (zipped keys or named points)")
         if not points:
-            raise UserError(f"{where} is empty, so the grid is; give it a value or leave it out")
+            raise UserError(f"{where} is empty, which leaves no run; give it a value or leave it out")
         names = [one.name for one in points]
         for name in names:
             if names.count(name) > 1:

@@ -13,7 +13,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm, T5Stack
 
 from hdscale.bench import decode, report, rows, scaling, variants
 from hdscale.bench.options import DecodeOptions, ReportOptions, ScalingOptions
-from hdscale.bench.scaling_rank import Heard, size_of
+from hdscale.bench.scaling_rank import CollectiveCounter, size_of
 from hdscale.commands.arguments import add_options, read_options
 from hdscale.commands.cli import main
 from hdscale.modeling import build_model
@@ -187,17 +187,17 @@ def test_predictions_follow_bandwidth():
 
 
 def test_collectives_are_counted_once():
-    heard = Heard()
+    counter = CollectiveCounter()
 
     def outer(tensor):
         return inner([tensor, tensor])
 
-    inner, outer = heard._counting("inner", lambda tensors: None), heard._counting("outer", outer)
+    inner, outer = counter._counting("inner", lambda tensors: None), counter._counting("outer", outer)
     outer(torch.zeros(3))
-    assert dict(heard.bytes) == {"outer": 12} and dict(heard.calls) == {"outer": 1}
-    heard.forget()
+    assert dict(counter.bytes) == {"outer": 12} and dict(counter.calls) == {"outer": 1}
+    counter.reset()
     inner(torch.zeros(3, dtype=torch.bfloat16))
-    assert dict(heard.bytes) == {"inner": 6}
+    assert dict(counter.bytes) == {"inner": 6}
     assert size_of([torch.zeros(2), (torch.zeros(1, dtype=torch.int64), None)]) == 16
 
 

@@ -20,7 +20,8 @@ from tests.helpers.study_files import write_study
 
 SEEDS = {"run.seed": [1, 2, 3]}
 
-# It trains a step a tenth of a second, checkpoints each, resumes, and stops at SIGTERM with 75; `mood` makes it fail.
+# It trains one step each tenth of a second, checkpoints every step, resumes, and stops at SIGTERM with 75; `mood` makes
+# it fail.
 TRAINER = """
 import json, os, pathlib, signal, sys, time, yaml
 config = yaml.safe_load(pathlib.Path(sys.argv[1]).read_text())
@@ -70,11 +71,11 @@ def starts_of(study, store) -> list[int]:
 
 def test_every_run_is_done_once_and_never_again(tmp_path, trainer):
     study, store = opened(tmp_path)
-    news: list[str] = []
-    assert LocalRunner(study, store, 2, news.append, command=trainer).run() == 0
+    lines: list[str] = []
+    assert LocalRunner(study, store, 2, lines.append, command=trainer).run() == 0
     assert starts_of(study, store) == [1, 1, 1]
-    assert [line for line in news if line.startswith("done")] and not [line for line in news if "failed" in line]
-    assert LocalRunner(study, store, 2, news.append, command=trainer).run() == 0
+    assert any(line.startswith("done") for line in lines) and not any("failed" in line for line in lines)
+    assert LocalRunner(study, store, 2, lines.append, command=trainer).run() == 0
     assert starts_of(study, store) == [1, 1, 1]
     assert all(store.status(run.name, 4).state == "done" for run in study.runs)
 
@@ -97,15 +98,15 @@ def test_a_crash_is_tried_again_and_a_users_mistake_is_not(tmp_path, trainer):
 def test_a_run_is_given_up_after_its_retries(tmp_path, trainer):
     study, store = opened(tmp_path, limits={"retries": 2})
     (store.folder / "mood").write_text("crash")
-    news: list[str] = []
-    assert LocalRunner(study, store, 3, news.append, command=trainer).run() == 1
+    lines: list[str] = []
+    assert LocalRunner(study, store, 3, lines.append, command=trainer).run() == 1
     assert starts_of(study, store) == [3, 3, 3]
     assert "RuntimeError: out of luck" in store.status(study.runs[0].name, 4).note
     # asked for again, they get their attempts anew
     for run in study.runs:
         store.note(run.name, "retry")
     (store.folder / "mood").write_text("")
-    assert LocalRunner(study, store, 3, news.append, command=trainer).run() == 0
+    assert LocalRunner(study, store, 3, lines.append, command=trainer).run() == 0
 
 
 def test_a_run_that_takes_too_long_is_stopped(tmp_path, trainer, monkeypatch):
@@ -195,7 +196,7 @@ def test_the_state_of_a_run_is_read_from_what_lies_there(tmp_path):
     store.note(name, "start", pid=1)
     assert store.status(name, 4).state == "interrupted"
     with store.attempts(name).open("a") as file:
-        file.write('{"event": "end", "co')  # torn by a kill
+        file.write('{"event": "end", "co')  # cut off by a kill
     store.note(name, "end", code=1, note="it broke")
     assert (store.status(name, 4).state, store.status(name, 4).note) == ("failed", "it broke")
 

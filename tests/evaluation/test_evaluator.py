@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdscale.data.batches import Row
+from hdscale.data.sample import sample_rows
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks import Example
 from hdscale.errors import UserError
@@ -158,9 +159,23 @@ def test_a_limit_keeps_whole_questions(world, tmp_path):
     found = evaluate_job(SingleProcess(), [tasks["squad"]], data, str(tmp_path), limit=4)
     chunks = [json.loads(line) for line in (tmp_path / "squad.test.jsonl").read_text().splitlines()]
     every = [json.loads(line) for line in (folder / "squad.test.jsonl").read_text().splitlines()]
-    wanted = [chunk["id"] for chunk in every if chunk["question"] in {"q0", "q1", "q2", "q3"}]
-    assert [chunk["id"] for chunk in chunks] == wanted
-    assert found["notes"]["squad"]["rows"] == 4
+    questions = list(dict.fromkeys(chunk["question"] for chunk in every))
+    sample = {questions[number] for number in sample_rows(len(questions), 4)}
+    assert [chunk["id"] for chunk in chunks] == [chunk["id"] for chunk in every if chunk["question"] in sample]
+    notes = found["notes"]["squad"]
+    assert (notes["rows"], notes["rows_in_split"]) == (4, len(questions))
+
+
+def test_a_sample_is_the_same_at_one_and_three_ranks(rank_pool, world, tmp_path):
+    tasks, data, folder, whole = world
+    alone, together = str(tmp_path / "alone"), str(tmp_path / "together")
+    job = "tests.helpers.evaluation_jobs:evaluate_job"
+    for ranks, place in ((1, alone), (3, together)):
+        wanted = [tasks["squad"], tasks["labelled"]]
+        rank_pool(ranks).run(job, {"tasks": wanted, "data": data, "folder": place, "limit": 5})
+    for name in ("squad", "labelled"):
+        files = [(Path(place) / f"{name}.test.jsonl").read_bytes() for place in (alone, together)]
+        assert files[0] == files[1] and files[0]
 
 
 def test_batch_size_is_found_once_and_stored(world, tmp_path, monkeypatch):
@@ -209,12 +224,13 @@ class GpuDecoder:
 
 
 class Lines:
-    """Rows of 3, 10 and 7 tokens."""
+    """The first of rows of 3, 10 and 7 tokens."""
 
-    source_lengths = (3, 10, 7)
+    def __init__(self, count: int) -> None:
+        self.source_lengths = (3, 10, 7)[:count]
 
     def __len__(self) -> int:
-        return 3
+        return len(self.source_lengths)
 
     def row(self, number: int) -> Row:
         return Row([1] * self.source_lengths[number], [], 0, str(number), "t")
@@ -228,10 +244,10 @@ def gpu_evaluator(folder: Path) -> Evaluator:
 
 def test_the_batch_size_is_that_of_the_longest_row_with_the_longest_answer(tmp_path):
     decoder = GpuDecoder(capacity=40)
-    inputs = SplitInputs(Lines(), [Example("s", "t", "t", str(number)) for number in range(3)], decoder)
+    inputs = SplitInputs(Lines(3), [Example("s", "t", "t", str(number)) for number in range(3)], decoder, 3)
     assert gpu_evaluator(tmp_path).batch_size("t.test", inputs) == 32
     assert decoder.tried == [(size, 30) for size in (512, 256, 128, 64, 32)]
-    shorter = SplitInputs(Lines(), inputs.examples[:1], decoder)
+    shorter = SplitInputs(Lines(1), inputs.examples[:1], decoder, 1)
     decoder.tried.clear()
     assert gpu_evaluator(tmp_path).batch_size("t.first", shorter) == 32, "64 rows of 23 tokens do not fit"
     assert decoder.tried[-1] == (32, 23), "rows beyond the examples are not read"
@@ -240,7 +256,7 @@ def test_the_batch_size_is_that_of_the_longest_row_with_the_longest_answer(tmp_p
 def test_batch_sizes_of_version_0_1_are_read(tmp_path):
     (tmp_path / "batch_sizes.json").write_text(json.dumps({"t.test": 24}, indent=1))
     decoder = GpuDecoder(capacity=40)
-    inputs = SplitInputs(Lines(), [Example("s", "t", "t", "0")], decoder)
+    inputs = SplitInputs(Lines(1), [Example("s", "t", "t", "0")], decoder, 1)
     evaluator = gpu_evaluator(tmp_path)
     assert evaluator.batch_size("t.test", inputs) == 24 and not decoder.tried
     evaluator.batch_size("t.validation", inputs)
@@ -248,7 +264,7 @@ def test_batch_sizes_of_version_0_1_are_read(tmp_path):
 
 
 def test_no_memory_for_one_row(tmp_path):
-    inputs = SplitInputs(Lines(), [Example("s", "t", "t", "0")], GpuDecoder(capacity=0.5))
+    inputs = SplitInputs(Lines(1), [Example("s", "t", "t", "0")], GpuDecoder(capacity=0.5), 1)
     with pytest.raises(UserError, match="not one row"):
         gpu_evaluator(tmp_path).batch_size("t.test", inputs)
     assert not (tmp_path / "batch_sizes.json").exists()

@@ -70,7 +70,7 @@ def test_combinations_can_be_left_out(tmp_path):
         ({"axes": {**AXES, "again": {"run.seed": [3]}}}, r"axes.run.seed and axes.again clash: both set run.seed"),
         ({"axes": {"train.max_steps": [1, 2]}}, r"set and axes.train.max_steps clash"),
         ({"axes": {"run.name": ["a"]}}, r"sets run.name, which the study decides"),
-        ({"axes": {"run.seed": []}}, r"axes.run.seed is empty, so the grid is"),
+        ({"axes": {"run.seed": []}}, r"axes.run.seed is empty, which leaves no run"),
         ({"axes": {}}, r"axes must name at least one axis"),
         ({"axes": None}, r"axes must name at least one axis"),
         ({"axes": {"run.seed": [1, 1]}}, r"has 'seed1' twice"),

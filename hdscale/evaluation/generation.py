@@ -135,7 +135,8 @@ def task_decoding(
     if task.kind == "label" and task.labels and own.max_target_length is None:
         length = max(len(tokenizer(label).input_ids) for label in task.labels)
     # a task's minimum counts the decoder's start token, as transformers' `min_length` does
-    return Decoding(length, own.num_beams or settings.num_beams, min_new_tokens=max(0, own.min_length - 1))
+    most = max(1, length - settings.count_start_token)
+    return Decoding(most, own.num_beams or settings.num_beams, min_new_tokens=max(0, own.min_length - 1))
 
 
 def task_id_of(name: str | None, task_ids: Mapping[str, int]) -> int | None:

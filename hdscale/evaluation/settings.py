@@ -28,6 +28,9 @@ class EvalSettings(Settings):
         "or last",
     )
     num_beams: int = setting(1, "beams where the task does not state its own", at_least=1)
+    count_start_token: bool = setting(
+        False, "the most tokens of a prediction include the decoder's start token, as in the paper's release: one less"
+    )
     test: bool = setting(True, "evaluate the test sets at the end")
     mrqa_score: Literal["sum", "mean"] = setting(
         "sum", "how a chunk's answer is scored: sum of its tokens' log-likelihoods, or mean over its tokens"

@@ -291,13 +291,13 @@ def test_labels_are_cut_and_free_text_is_not(run_folder, find_task):
 
 
 def test_predictions_are_replaced_only_if_asked_to(run_folder, tmp_path, capsys):
-    predict_file(run_folder, tmp_path, ["cat one"])
+    predict_file(run_folder, tmp_path, [{"source": "cat one"}])
     before = (tmp_path / "out.jsonl").read_text()
     places = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     assert main(["predict", "--run", str(run_folder), *places]) == 2
     assert "exists; replace it by --overwrite" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == before
-    assert len(predict_file(run_folder, tmp_path, ["cat two", "dog"])) == 2
+    assert len(predict_file(run_folder, tmp_path, [{"source": "cat two"}, {"source": "dog"}])) == 2
 
 
 def test_a_task_that_the_model_does_not_know_is_refused() -> None:

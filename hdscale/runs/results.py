@@ -147,33 +147,40 @@ def task_average(run: RunResult, without: Iterable[str] = ()) -> float:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """The table of scores: one line for each metric on each split, with step, rows and the majority class's score."""
+    """The table of scores: a section for each split, step and selection, with rows and the majority class's scores."""
     table = Table(title=f"{results['name']}: {results['steps']:,} steps, {results['trainable_percent']:.2f}% trainable")
-    for column in ("task", "metric", "split"):
-        table.add_column(column)
-    for column in ("score", "majority class", "step", "rows"):
-        table.add_column(column, justify="right")
-    scores = scores_of(results) or unrecorded(results)
-    for score in scores:
-        # the baseline is of the test set where there is one
-        compared = score.split != "validation" or score.task not in results["tasks"]
-        baseline = results["baseline"].get(score.task, {}) if compared else {}
-        for index, (metric, value) in enumerate(score.metrics.items()):
-            table.add_row(
-                score.task if index == 0 else "",
-                metric,
-                score.split,
-                f"{value:.1f}",
-                f"{baseline[metric]:.1f}" if metric in baseline else "",
-                "" if score.step is None else f"{score.step:,}, {score.selection}",
-                score.rows_shown if score.rows else "",
-            )
+    table.add_column("task", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
+    for column in ("score", "majority class", "rows"):
+        table.add_column(column, justify="right", no_wrap=column != "majority class")  # the one that may take two lines
+    sections: dict[str, list[Score]] = {}
+    for score in scores_of(results) or unrecorded(results):
+        sections.setdefault(score.source_shown, []).append(score)
+    for source, scores in sections.items():
+        table.add_section()
+        table.add_row(source, style="bold")
+        for score in scores:
+            # the baseline is of the test set where there is one
+            compared = score.split != "validation" or score.task not in results["tasks"]
+            baseline = results["baseline"].get(score.task, {}) if compared else {}
+            for index, (metric, value) in enumerate(score.metrics.items()):
+                table.add_row(
+                    score.task if index == 0 else "",
+                    metric,
+                    f"{value:.1f}",
+                    f"{baseline[metric]:.1f}" if metric in baseline else "",
+                    score.rows_shown if score.rows and index == 0 else "",
+                )
     table.add_section()
     for split, key in (("validation", "validation_average"), ("test", "average")):
         if results.get(key) is not None:
             beside = results["baseline_average"] if split == "test" or results["average"] is None else None
-            shown = "" if beside is None else f"{beside:.1f}"
-            count = sum(score.split == split for score in scores)
-            named = split if "format" in results else UNRECORDED
-            table.add_row("average", "", named, f"{results[key]:.1f}", shown, "", f"{count} tasks" if count else "")
+            count = sum(score.split == split for score in scores_of(results))
+            table.add_row(
+                f"average, {split if 'format' in results else UNRECORDED}",
+                "",
+                f"{results[key]:.1f}",
+                "" if beside is None else f"{beside:.1f}",
+                f"{count} task{'s' * (count > 1)}" if count else "",
+            )
     Console().print(table)

@@ -44,6 +44,11 @@ class Score:
         """`277`, or `60 of 277` of a sample."""
         return f"{self.rows:,}" if self.rows == self.rows_in_split else f"{self.rows:,} of {self.rows_in_split:,}"
 
+    @property
+    def source_shown(self) -> str:
+        """`test at step 600 (best)`: what the score was computed on, and by which weights."""
+        return self.split if self.step is None else f"{self.split} at step {self.step:,} ({self.selection})"
+
 
 def metrics_of(scores: Iterable[Score], split: str) -> Metrics:
     """{task: metrics} of one split."""

@@ -53,15 +53,20 @@ def test_a_validation_score_is_never_read_as_a_test_score(tmp_path: Path) -> Non
         read_run(without)
 
 
-def test_every_line_of_the_table_has_split_step_and_rows(
+def test_every_section_of_the_table_has_split_step_and_rows(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-    print_results(results(SCORES))
+    monkeypatch.setenv("COLUMNS", "80")
+    later = dataclasses.replace(SCORES[2], step=40, selection="last")
+    print_results(results([SCORES[0], SCORES[1], later]))
     lines = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
-    assert "rte accuracy validation 80.0 20, best 100 of 139" in lines
-    assert "rte accuracy test 70.0 50.0 20, best 138" in lines
-    assert "mine accuracy validation 60.0 20, best 50" in lines
+    shown = [line for line in lines if line.startswith(("validation", "test", "rte", "mine", "average"))]
+    assert shown == [
+        "validation at step 20 (best)", "rte accuracy 80.0 100 of 139",
+        "test at step 20 (best)", "rte accuracy 70.0 50.0 138",
+        "validation at step 40 (last)", "mine accuracy 60.0 50",
+        "average, validation 70.0 2 tasks", "average, test 70.0 50.0 1 task",
+    ]  # fmt: skip
 
 
 def test_a_file_of_0_1_is_read_and_marked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ class Config(Settings):
 RELEASE: dict[str, Any] = {
     "train": {"label_smoothing": 0.1, "loss_reduction": "sum", "dtype": "fp32", "adam_epsilon": "uncorrected"},
     "data": {"stsb_step": 0.1},
-    "eval": {"select": "metrics", "count_start_token": True},
+    "eval": {"select": "metrics", "count_start_token": True, "mrqa_empty": False},
     "deepspeed": "ds_configs/zero2_fp32.json",
 }
 """What `release: true` sets: the choices of the paper's release, each of which other settings may override."""

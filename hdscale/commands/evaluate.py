@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
             "limit": args.limit,
             "num_beams": config.eval.num_beams,
             "mrqa_score": config.eval.mrqa_score,
+            "mrqa_empty": config.eval.mrqa_empty,
+            "count_start_token": config.eval.count_start_token,
             "unseen_task": args.unseen_task if loaded.conditioned_on_tasks else None,
         }
         earlier = {} if args.overwrite else ranks.on_main(check_folder, path, identity)

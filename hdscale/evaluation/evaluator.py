@@ -363,6 +363,7 @@ def score(
             "chunks": len(records),
             "empty_answers": sum(not text for text in texts),
             "chunk_score": settings.mrqa_score,
+            "empty_allowed": settings.mrqa_empty,
         }
         write_official(answers, files.official_path)
     scores = compute_scores(task, texts, examples)

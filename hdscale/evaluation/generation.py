@@ -108,11 +108,19 @@ class RowSample(Generic[Row_co]):
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How a task's targets are generated (greedy or beam search)."""
+    """How a task's targets are generated (greedy or beam search).
+
+    Attributes:
+        max_new_tokens: largest number of tokens, </s> included.
+        num_beams: 1 is greedy search.
+        min_new_tokens: number of tokens before </s> is allowed.
+        without_empty: log-likelihoods are those given that the text is not empty.
+    """
 
     max_new_tokens: int
     num_beams: int = 1
     min_new_tokens: int = 0
+    without_empty: bool = False
 
     def generate_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `model.generate`."""
@@ -136,7 +144,9 @@ def task_decoding(
         length = max(len(tokenizer(label).input_ids) for label in task.labels)
     # a task's minimum counts the decoder's start token, as transformers' `min_length` does
     most = max(1, length - settings.count_start_token)
-    return Decoding(most, own.num_beams or settings.num_beams, min_new_tokens=max(0, own.min_length - 1))
+    without_empty = task.chunked and not settings.mrqa_empty
+    fewest = max(0, own.min_length - 1, without_empty)
+    return Decoding(most, own.num_beams or settings.num_beams, fewest, without_empty)
 
 
 def task_id_of(name: str | None, task_ids: Mapping[str, int]) -> int | None:
@@ -237,6 +247,10 @@ class Decoder:
             if self.scored and log_likelihood is None:
                 labels = generated.masked_fill(~kept, IGNORED)
                 log_likelihood = self.model.log_likelihood(input_ids, attention_mask, labels, task_ids=task_ids)
+            if log_likelihood is not None and self.decoding.without_empty:
+                end = torch.full((len(rows), 1), self.tokenizer.eos_token_id, dtype=torch.long, device=device)
+                empty = self.model.log_likelihood(input_ids, attention_mask, end, task_ids=task_ids)
+                log_likelihood = log_likelihood.double() - log_of_rest(empty)
         scores: Sequence[float | None] = [None] * len(rows)
         if log_likelihood is not None:
             scores = [round(value, SCORE_DECIMALS) for value in log_likelihood.double().tolist()]
@@ -268,6 +282,11 @@ def tokens_kept(generated: Tensor, eos_id: int, pad_id: int) -> Tensor:
     """Mask [B, T] of the tokens that a row consists of: up to its first </s>, that included; padding is not kept."""
     after_end = (generated == eos_id).cumsum(dim=1) - (generated == eos_id).long() > 0
     return ~after_end & (generated != pad_id)
+
+
+def log_of_rest(log_probability: Tensor) -> Tensor:
+    """log(1 - p) of log p, in float64; p counts as at most 1 - 1e-6, as float32 does not tell it from 1 beyond."""
+    return torch.log(-torch.expm1(log_probability.double().clamp(max=-1e-6)))
 
 
 def model_device(model: GenerationModel) -> torch.device:

@@ -35,3 +35,8 @@ class EvalSettings(Settings):
     mrqa_score: Literal["sum", "mean"] = setting(
         "sum", "how a chunk's answer is scored: sum of its tokens' log-likelihoods, or mean over its tokens"
     )
+    mrqa_empty: bool = setting(
+        True,
+        "a chunk may be answered with the empty string; if not, </s> cannot come first, and the first token's "
+        "probability is among the others, as in the paper's release (needs one more pass of the encoder)",
+    )

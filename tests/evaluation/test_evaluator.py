@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hdscale.data.batches import Row
 from hdscale.data.sample import sample_rows
 from hdscale.data.settings import DataSettings
-from hdscale.data.tasks import Example
+from hdscale.data.tasks import Example, get_task
 from hdscale.errors import UserError
 from hdscale.evaluation import evaluator as evaluator_module
 from hdscale.evaluation import generation
@@ -24,9 +25,11 @@ from hdscale.evaluation.generation import (
     Decoding,
     Prediction,
     global_batches,
+    log_of_rest,
     pad_sources,
     task_decoding,
 )
+from hdscale.evaluation.mrqa_protocol import best_answer
 from hdscale.evaluation.predictions import PredictionFiles, batch_line
 from hdscale.evaluation.settings import EvalSettings
 from hdscale.files import json_line
@@ -285,8 +288,6 @@ def test_label_tasks_stop_at_their_longest_label(world):
 
 
 def test_summaries_have_their_own_beams_and_are_never_empty():
-    from hdscale.data.tasks import get_task
-
     for name, beams in (("xsum", 6), ("cnn_dailymail", 4), ("wiki_lingua", 4)):
         assert task_decoding(get_task(name), word_tokenizer(), EvalSettings(), 128) == Decoding(60, beams, 1)
 
@@ -322,6 +323,47 @@ def test_scores_are_summed_log_likelihoods_with_the_end_token():
     with torch.no_grad():
         empty = model.log_likelihood(*pad_sources([rows[0].input_ids], 0, "cpu"), torch.tensor([[1]]))
     assert empty.shape == (1,) and empty.item() < 0
+
+
+def test_without_empty_answers_the_first_token_is_chosen_and_scored_among_the_others():
+    """Against a loop in float64 that leaves </s> out of the first position's softmax."""
+    model, tokenizer = TinyModel().eval().double(), word_tokenizer()
+    rows = rows_of(["cat sat on mat", "who ran", "red red blue green far away dog", "where ?"])
+    with torch.no_grad():  # </s> so likely that some answers are empty
+        model.base.shared.weight[1] *= 3.0
+    squad = get_task("squad")
+    usual = task_decoding(squad, tokenizer, EvalSettings(), 8)
+    never = task_decoding(squad, tokenizer, EvalSettings(mrqa_empty=False), 8)
+    assert not usual.without_empty and never.without_empty and never.min_new_tokens == 1
+    assert "" in [found.text for found in Decoder(model, tokenizer, usual, scored=True)(rows, range(4))]
+    for row, prediction in zip(rows, Decoder(model, tokenizer, never, scored=True)(rows, range(4)), strict=True):
+        ids: list[int] = []
+        total = 0.0
+        while ids[-1:] != [1] and len(ids) < never.max_new_tokens:
+            logits = model.base(
+                input_ids=torch.tensor([row.input_ids]), decoder_input_ids=torch.tensor([[0, *ids]])
+            ).logits[0, -1]
+            if not ids:
+                logits[1] = -torch.inf
+            ids.append(int(logits.argmax()))
+            total += torch.log_softmax(logits, dim=-1)[ids[-1]].item()
+        assert prediction.tokens == len(ids) > 1
+        assert prediction.score == pytest.approx(total, abs=2e-4)
+
+
+def test_the_answer_of_two_chunks_with_and_without_empty_answers():
+    """A: P(</s>) .90, P(X) .09. B: P(Y) .50. Ours is Y; the release's is X, as .09 / .10 > .50."""
+    empty = torch.tensor([0.90, 0.0]).log()
+    chosen = torch.tensor([0.09, 0.50]).log().double()
+    ours = [{"prediction": "", "score": empty[0].item(), "tokens": 1}]
+    chunk_b = {"prediction": "Y", "score": chosen[1].item(), "tokens": 1}
+    assert best_answer([*ours, chunk_b]) == "Y"
+    released = (chosen - log_of_rest(empty)).tolist()
+    assert released[0] == pytest.approx(math.log(0.9), abs=1e-5)
+    assert (
+        best_answer([{"prediction": "X", "score": released[0], "tokens": 1}, {**chunk_b, "score": released[1]}]) == "X"
+    )
+    assert log_of_rest(torch.tensor([0.0])).isfinite().all()
 
 
 def test_sources_are_padded_on_the_right_and_masked_by_length():

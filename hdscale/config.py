@@ -36,10 +36,22 @@ class Config(Settings):
     run: RunSettings = setting(RunSettings, "name and place")
     cluster: ClusterSettings = setting(ClusterSettings, "SLURM")
     deepspeed: Optional[str] = setting(None, "DeepSpeed JSON; default: ds_configs/zero2_bf16.json")
+    release: bool = setting(
+        False, "begin with the choices of the paper's release (docs/differences.md); other settings come over them"
+    )
 
     def validate(self, prefix: str = "") -> None:
         """Check every section by its fields' own rules."""
         super().validate(prefix)
+
+
+RELEASE: dict[str, Any] = {
+    "train": {"label_smoothing": 0.1, "loss_reduction": "sum", "dtype": "fp32", "adam_epsilon": "uncorrected"},
+    "data": {"stsb_step": 0.1},
+    "eval": {"select": "metrics", "count_start_token": True, "mrqa_empty": False},
+    "deepspeed": "ds_configs/zero2_fp32.json",
+}
+"""What `release: true` sets: the choices of the paper's release, each of which other settings may override."""
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -48,9 +60,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     Raises:
         UserError: for a missing file, an unknown key (naming the nearest), or a value that its field does not allow.
     """
-    node = OmegaConf.structured(Config)
-    if path:
-        node = merge(node, yaml_with_bases(path), str(path))
+    layers = [(yaml_with_bases(path), str(path))] if path else []
     for override in overrides or []:
         key, separator, _ = override.partition("=")
         if not separator or not key:
@@ -59,7 +69,12 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             parsed = OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"'{override}' cannot be read: {one_line(error)}") from error
-        node = merge(node, parsed, f"command line ({override})")
+        layers.append((parsed, f"command line ({override})"))
+    node = OmegaConf.structured(Config)
+    if [layer.release for layer, _ in layers if "release" in layer][-1:] == [True]:
+        node = merge(node, OmegaConf.create(RELEASE), "release")
+    for layer, origin in layers:
+        node = merge(node, layer, origin)
     return to_config(node)
 
 

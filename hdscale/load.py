@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelFor
 from hdscale.bases.base import quiet_loading, tokenizer_name
 from hdscale.config import Config, load_config
 from hdscale.data.batches import IGNORED
+from hdscale.data.tasks.aliases import canonical
 from hdscale.data.tokenize import load_tokenizer
 from hdscale.errors import UserError
+from hdscale.evaluation.generation import UNKNOWN_TASK, task_id_of
 from hdscale.modeling.config import CONFIG_FILE
 from hdscale.modeling.model import build_model, from_pretrained
 from hdscale.ops.precision import DTYPES
@@ -36,6 +38,29 @@ class Loaded:
     """Names the weights: predictions of another version are not used again."""
     extractive: bool = False
     """It marks spans of a context instead of generating."""
+
+    @property
+    def conditioned_on_tasks(self) -> bool:
+        """Whether what it computes depends on a row's task."""
+        return bool(getattr(getattr(self.model, "method", None), "needs_tasks", False))
+
+    def task_id(self, name: str | None, unseen: str | None = None) -> int | None:
+        """The id by which the model knows a task; None for a model that knows of no tasks.
+
+        Args:
+            name: of the task; None for free text.
+            unseen: "mean" gives an unknown task the mean of all task embeddings.
+
+        Raises:
+            UserError: if the model is conditioned on tasks and does not know this one.
+        """
+        found = task_id_of(name, self.task_ids)
+        if found == UNKNOWN_TASK and self.conditioned_on_tasks and unseen != "mean":
+            raise UserError(
+                f"the model does not know {f'task {name}' if name else 'free text'}; it knows "
+                f"{', '.join(self.task_ids)}. --unseen-task mean gives such rows the mean of the task embeddings"
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +196,8 @@ class Seq2Seq(nn.Module):
 
 
 def ids_of(tasks: list[str]) -> dict[str, int]:
-    return {name: number for number, name in enumerate(tasks)}
+    """{task: its id}, under the package's names of the tasks."""
+    return {canonical(name): number for number, name in enumerate(tasks)}
 
 
 def version_of(place: Path) -> str:

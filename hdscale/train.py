@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import math
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -25,10 +26,11 @@ import torch
 from hdscale.bases.base import tokenizer_name
 from hdscale.config import Config, load_config, to_dict
 from hdscale.data.batches import Row, collate
+from hdscale.data.checks import check_labels, check_rouge, losses_of
 from hdscale.data.feed import Feed
 from hdscale.data.micro_batches import deal
 from hdscale.data.mixture import Mixture
-from hdscale.data.sources import check_splits
+from hdscale.data.sources import check_split, check_splits, load_split
 from hdscale.data.tasks import Task
 from hdscale.data.tokenize import load_tokenizer, tokenized_split
 from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
@@ -48,14 +50,18 @@ from hdscale.files import write_json
 from hdscale.modeling.export import read_trainables
 from hdscale.modeling.model import AdaptedModel, build_model
 from hdscale.ops.precision import DTYPES
-from hdscale.resolve import resolve
+from hdscale.resolve import ResolvedTasks, resolve
 from hdscale.runs.folder import RunFolder
 from hdscale.runs.log import RunLog
+from hdscale.runs.progress import RowProgress
 from hdscale.runs.provenance import provenance
-from hdscale.runs.results import print_results
-from hdscale.runs.scores import task_score
+from hdscale.runs.results import RESULTS_FORMAT, print_results
+from hdscale.runs.scores import Score, task_score
 from hdscale.runs.settled import Settled
-from hdscale.runs.state import Metrics, RunState
+from hdscale.runs.state import RunState
+
+ROUGE_ROWS = 1000
+"""Training targets in which ROUGE must find something to read."""
 
 
 def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
@@ -88,6 +94,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
 
         # ---- data: one global order of all tasks' rows
         tokenizer = load_tokenizer(tokenizer_name(config.model), config.model.revision)
+        check_data(tasks, config, tokenizer, log)
         mixture = Mixture(
             [tokenized_split(task, "train", tokenizer, config.data) for task in tasks.trained],
             config.run.seed,
@@ -119,7 +126,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         # ---- the checkpoint to resume from
         state = RunState()
         if continued and (saved := load_newest_checkpoint(engine, folder.checkpoints, log)):
-            state = RunState(**saved["progress"])
+            state = RunState.from_dict(saved["progress"])
         log.start(engine.step, config.train.max_steps)
 
         evaluator = Evaluator(
@@ -168,16 +175,47 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         # ---- the best model's test, its export, the results
         log.info("test" if config.eval.test else "no test (eval.test=false)")
         try:
-            final, notes = final_evaluation(evaluate, tasks.all, state)
+            scores, notes = final_evaluation(evaluate, tasks.all, state)
         except EvaluationStopped:
             # no save: the last step's checkpoint is there, and the engine may have the best weights by now
             return preempted(log, engine.step)
         export(engine, folder.adapter)
-        results = ranks.on_main(write_results, engine, config, tasks.all, final, notes, state, folder.results)
+        results = ranks.on_main(write_results, engine, config, tasks.all, scores, notes, state, folder.results)
         log.close()
         if ranks.is_main:
             print_results(results)
     return EXIT_DONE
+
+
+def check_data(tasks: ResolvedTasks, config: Config, tokenizer: Any, log: RunLog) -> None:
+    """Tokenise every split that the run will read, so that a mistake in any of their rows is found before training.
+
+    What is in the cache already is not read again. The log says what the texts lose as tokens.
+
+    Raises:
+        UserError: for a missing split, a row that cannot be used, or labels that the tokenizer does not give back.
+    """
+    wanted = [(task, "train") for task in tasks.trained]
+    if config.eval.every or config.eval.select != "last":
+        wanted += [(task, "validation") for task in tasks.trained]
+    if config.eval.test:
+        wanted += [(task, "test" if "test" in task.splits else "validation") for task in tasks.all]
+    for task in tasks.all:
+        check_labels(task, tokenizer, config.data.max_target_length)
+    with RowProgress(log.active) as progress:
+        for number, (task, split) in enumerate(wanted, start=1):
+            check_split(task, split)
+            found = tokenized_split(task, split, tokenizer, config.data)
+            progress("splits read", number, len(wanted))
+            if split == "train":
+                check_rouge(task, first_targets(task, config))
+                if line := losses_of(task, found):
+                    log.info(line)
+
+
+def first_targets(task: Task, config: Config) -> list[str]:
+    """Some of a task's training targets."""
+    return [example.target for example in islice(load_split(task, "train", config.data), ROUGE_ROWS)]
 
 
 def open_log(folder: RunFolder, config: Config, ranks: Ranks) -> RunLog:
@@ -277,27 +315,33 @@ def evaluate_and_keep_best(evaluate: LoggedEvaluator, tasks: list[Task], state: 
     """Evaluate the validation sets; where a score is the best so far, export the trainables of this step."""
     engine, select = evaluate.engine, evaluate.settings.select
     evaluation = evaluate(tasks, "validation", engine.step, evaluate.settings.limit)
-    state.validation = evaluation.metrics()
-    scores = {"average": evaluation.selection(select)}
+    compared = {"average": evaluation.selection(select)}
     if select == "per_task":
-        scores = {task: task_score(metrics) for task, metrics in state.validation.items()}
-    improved = [key for key, score in scores.items() if key not in state.best or score > state.best[key]["score"]]
+        compared = {task: task_score(metrics) for task, metrics in evaluation.metrics().items()}
+    improved = [key for key, score in compared.items() if key not in state.best or score > state.best[key]["score"]]
     for key in improved:
-        state.best[key] = {"score": scores[key], "step": engine.step}
-    if improved and select != "last":
-        export(engine, evaluate.folder.best_folder(engine.step))
+        state.best[key] = {"score": compared[key], "step": engine.step}
+    best, kept = evaluate.folder.best_folder(engine.step), select != "last"
+    if improved and kept:
+        export(engine, best)
+    for score in evaluation.scores(
+        engine.step, "best" if kept else "last", f"{best.parent.name}/{best.name}" if kept else None
+    ):
+        if not kept or "average" in improved or score.task in improved:
+            state.selected[score.task] = dataclasses.asdict(score)
     state.evaluated = engine.step
 
 
 def final_evaluation(
     evaluate: LoggedEvaluator, tasks: list[Task], state: RunState
-) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
-    """Metrics of each task's test split (its validation split where it has none) by the best model for it, and notes.
+) -> tuple[list[Score], dict[str, dict[str, Any]]]:
+    """The scores of the selected weights, and notes: on validation as selected, and on test sets if they are wanted.
 
-    The engine is left with the weights of the overall best (the first task's, with `eval.select=per_task`).
+    A task without a test set is evaluated on all of its validation set in place of it. The engine is left with the
+    weights of the overall best (the first task's, with `eval.select=per_task`).
     """
     engine, settings = evaluate.engine, evaluate.settings
-    final: dict[str, dict[str, float]] = {}
+    scores = {(score["task"], score["split"]): Score.from_dict(score) for score in state.selected.values()}
     notes: dict[str, dict[str, Any]] = {}
     overall = "average" if "average" in state.best else next(iter(state.best), "last")
     steps = {task.name: state.best.get(task.name, state.best.get(overall, {})).get("step") for task in tasks}
@@ -312,10 +356,15 @@ def final_evaluation(
             own = [task for task in tasks if ("test" if "test" in task.splits else "validation") == split]
             members = [task for task in own if steps[task.name] == step]
             if members and settings.test:
-                evaluation = evaluate(members, split, f"best-{int(step or engine.step)}", settings.test_limit)
-                final |= evaluation.metrics()
+                at = int(step or engine.step)
+                evaluation = evaluate(members, split, f"best-{at}", settings.test_limit)
+                kept = step is not None
+                place = f"best/{evaluate.folder.best_folder(at).name}" if kept else None
+                found = evaluation.scores(at, "best" if kept else "last", place)
+                scores |= {(score.task, score.split): score for score in found}
                 notes |= evaluation.notes()
-    return final or state.validation, notes
+    order = {task.name: number for number, task in enumerate(tasks)}
+    return sorted(scores.values(), key=lambda score: (order[score.task], score.split != "validation")), notes
 
 
 def export(engine: Engine, folder: Path) -> None:
@@ -344,7 +393,7 @@ def write_results(
     engine: Engine,
     config: Config,
     tasks: list[Task],
-    final: Metrics,
+    scores: list[Score],
     notes: dict[str, dict[str, Any]],
     state: RunState,
     path: Path,
@@ -352,9 +401,9 @@ def write_results(
     """Put the results together and write `results.json`, complete or not at all."""
     trainable, base = parameter_counts(engine.module)
     results = {
+        "format": RESULTS_FORMAT,
         "name": config.run.name,
-        **score_summary(tasks, final, notes, config.data, config.eval.test_limit),
-        "validation": state.validation,
+        **score_summary(tasks, scores, notes, config.data, config.eval.test_limit),
         "best": state.best,
         "steps": engine.step,
         "seconds": round(state.seconds, 3),

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hdscale.config import load_config
+from hdscale.config import RELEASE, load_config
 from hdscale.errors import UserError
 from hdscale.resolve import resolve_model
+from hdscale.settings import flatten
 from tests.helpers.places import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -53,3 +54,26 @@ def test_nested_mappings_are_merged_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("method: {encoder: {dim: 3}}\n")
     config = load_config(tmp_path / "a.yaml")
     assert config.method.encoder.dim == 3 and config.method.encoder.adapter == "manual"
+
+
+def test_the_release_s_side_comes_under_other_settings(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("release: true\ntrain: {label_smoothing: 0.0}\n")
+    config = load_config(path, ["eval.select=average"])
+    assert (config.train.loss_reduction, config.train.adam_epsilon, config.data.stsb_step) == (
+        "sum",
+        "uncorrected",
+        0.1,
+    )
+    assert (config.train.label_smoothing, config.eval.select) == (0.0, "average")
+    assert load_config(None, ["release=true"]).eval.count_start_token
+    assert load_config(path, ["release=false"]).train.loss_reduction == "mean"
+    assert load_config(None, []).train.adam_epsilon == "corrected"
+
+
+def test_what_the_release_sets_is_what_the_page_says():
+    page = (ROOT / "docs" / "differences.md").read_text()
+    flat = flatten(RELEASE)
+    for key, value in flat.items():
+        shown = str(value).lower() if isinstance(value, bool) else value
+        assert f"`{key}={shown}`" in page, key

@@ -19,13 +19,14 @@ from torch.nn import functional
 
 from hdscale.analysis.options import ClassifierOptions
 from hdscale.config import Config
+from hdscale.data.sample import sample_rows
 from hdscale.data.sources import check_splits, load_examples
 from hdscale.data.tasks import Task, expand_tasks
 from hdscale.data.tokenize import tokenized_split
 from hdscale.engine.optimizer import learning_rate_factor
 from hdscale.errors import UserError
 from hdscale.evaluation.averages import averages
-from hdscale.evaluation.generation import global_batches, model_device, pad_sources
+from hdscale.evaluation.generation import UNKNOWN_TASK, global_batches, model_device, pad_sources
 from hdscale.evaluation.metrics import compute
 from hdscale.files import write_json
 from hdscale.load import Choice, Loaded
@@ -63,13 +64,15 @@ class Pooled:
 def pool_split(loaded: Loaded, task: Task, split: str, config: Config, limit: int | None, batch_size: int) -> Pooled:
     """Run the frozen encoder over a split and keep each row's masked mean over the source tokens."""
     rows = tokenized_split(task, split, loaded.tokenizer, config.data)
-    count = min(limit or len(rows), len(rows))
-    examples = list(load_examples(task, split, config.data))[:count]
+    chosen = sample_rows(len(rows), limit)
+    every = load_examples(task, split, config.data)
+    examples = [every[row] for row in chosen]
     device = model_device(loaded.model)
-    task_id = loaded.task_ids.get(task.name, -1)
-    means = torch.empty(count, loaded.model.base.config.d_model)
-    for numbers in global_batches([len(rows.row(number).input_ids) for number in range(count)], batch_size):
-        sources = [rows.row(number).input_ids for number in numbers]
+    known = loaded.task_id(task.name)
+    task_id = UNKNOWN_TASK if known is None else known
+    means = torch.empty(len(chosen), loaded.model.base.config.d_model)
+    for numbers in global_batches([len(rows.row(row).input_ids) for row in chosen], batch_size):
+        sources = [rows.row(chosen[number]).input_ids for number in numbers]
         input_ids, mask = pad_sources(sources, loaded.tokenizer.pad_token_id, device)
         task_ids = torch.full((len(numbers),), task_id, dtype=torch.long, device=device)
         with torch.no_grad():

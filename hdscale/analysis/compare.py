@@ -12,7 +12,8 @@ from statistics import fmean, stdev
 from hdscale.analysis.formats import TextTable
 from hdscale.analysis.significance import PAIRED, compare
 from hdscale.errors import UserError
-from hdscale.runs.results import RunResult, task_average
+from hdscale.runs.results import UNRECORDED, RunResult, task_average
+from hdscale.settings import flatten
 
 SIGNIFICANT = 0.05
 TEST_NAMES = {
@@ -21,6 +22,9 @@ TEST_NAMES = {
     "wilcoxon": "Wilcoxon's signed ranks",
     "bootstrap": "bootstrap",
 }
+
+EXPECTED = ("method.", "run.", "cluster.", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every")
+"""Beginnings of keys that differ between the runs of a comparison, or do not matter to it."""
 
 Scores = dict[str, list[float]]
 
@@ -102,11 +106,18 @@ def comparison_table(
     for test in tests:
         header += [f"p, {TEST_NAMES[test]}", "corrected"]
     notes = [
-        f"mean ± standard deviation over {len(first)} and {len(second)} runs",
+        f"{first[0].split} scores, mean ± standard deviation over {len(first)} and {len(second)} runs",
+        *rows_note(first[0]),
         "corrected: Holm's method, over the metrics as one family and the averages as another",
         f"* corrected p < {SIGNIFICANT} in every test shown",
     ]
     return TextTable(f"{method_name(first)} against {method_name(second)}", header, rows, notes)
+
+
+def rows_note(run: RunResult) -> list[str]:
+    """Which tasks are scored on a sample of their rows."""
+    samples = [f"{task} {score.rows_shown}" for task, score in run.scores.items() if score.rows < score.rows_in_split]
+    return [f"samples of rows: {', '.join(samples)}"] if samples else []
 
 
 def spread(scores: Sequence[float]) -> str:
@@ -123,8 +134,36 @@ def compare_runs(
     first: Sequence[RunResult], second: Sequence[RunResult], wanted: Sequence[str], without: Sequence[str]
 ) -> TextTable:
     """The table of two methods' runs, by the tests that are wanted or else possible."""
+    check_same_rows([*first, *second])
     tests, note = choose_tests(first, second, wanted)
     table = comparison_table(first, second, tests, without)
-    if note:
-        table.notes.append(note)
+    table.notes += [note] if note else []
+    table.notes += other_differences(first, second)
     return table
+
+
+def check_same_rows(runs: Sequence[RunResult]) -> None:
+    """Raise UserError if a task was scored on different numbers of rows: such scores cannot be compared."""
+    first = runs[0]
+    for run in runs[1:]:
+        for task, score in run.scores.items():
+            other = first.scores.get(task)
+            if other is not None and other.rows != score.rows:
+                raise UserError(
+                    f"{task} {run.split}: {score.rows_shown} rows in {run.folder}, {other.rows_shown} in "
+                    f"{first.folder}; evaluate both on the same rows (hdscale evaluate --run ...)"
+                )
+
+
+def other_differences(first: Sequence[RunResult], second: Sequence[RunResult]) -> list[str]:
+    """What differs besides method, seed and name, and so may also be a cause of a difference: one note each."""
+    notes = []
+    settings = [flatten(dict(run.config)) for run in (*first, *second)]
+    keys = sorted({key for one in settings for key in one if not key.startswith(EXPECTED)})
+    for key in keys:
+        values = list(dict.fromkeys(str(one.get(key)) for one in settings))
+        if len(values) > 1:
+            notes.append(f"the runs also differ in {key}: {', '.join(values[:4])}")
+    if unknown := [run.name for run in (*first, *second) if not run.recorded]:
+        notes.append(f"{UNRECORDED}: {', '.join(unknown)}")
+    return notes

@@ -15,10 +15,11 @@ from sklearn.manifold import TSNE
 
 from hdscale.analysis.options import EmbeddingOptions
 from hdscale.config import Config
+from hdscale.data.sample import sample_rows
 from hdscale.data.tasks import Task, expand_tasks
 from hdscale.data.tokenize import tokenized_split
 from hdscale.errors import UserError
-from hdscale.evaluation.generation import Decoder, model_device, pad_sources, task_decoding
+from hdscale.evaluation.generation import UNKNOWN_TASK, Decoder, model_device, pad_sources, task_decoding
 from hdscale.load import Choice, Loaded
 from hdscale.report.palette import PALE, style
 
@@ -52,7 +53,7 @@ class Colouring:
 def embed_tasks(
     loaded: Loaded, tasks: Sequence[Task], config: Config, options: EmbeddingOptions
 ) -> tuple[np.ndarray, list[Embedded]]:
-    """Embeddings [M, D] and predictions of the first `options.limit` rows of each task's split.
+    """Embeddings [M, D] and predictions of a sample of `options.limit` rows of each task's split.
 
     Args:
         loaded: a model of hdscale, not any checkpoint.
@@ -64,11 +65,12 @@ def embed_tasks(
     for task in tasks:
         rows = tokenized_split(task, options.split, loaded.tokenizer, config.data)
         decoding = task_decoding(task, loaded.tokenizer, config.eval, config.data.max_target_length)
-        task_id = loaded.task_ids.get(task.name, -1)
+        known = loaded.task_id(task.name)
+        task_id = UNKNOWN_TASK if known is None else known
         decoder = Decoder(loaded.model, loaded.tokenizer, decoding, task_id=task_id)
-        count = min(options.limit, len(rows))
-        for start in range(0, count, options.batch_size):
-            numbers = list(range(start, min(start + options.batch_size, count)))
+        chosen = sample_rows(len(rows), options.limit)
+        for start in range(0, len(chosen), options.batch_size):
+            numbers = chosen[start : start + options.batch_size]
             batch = [rows.row(number) for number in numbers]
             input_ids, mask = pad_sources([row.input_ids for row in batch], loaded.tokenizer.pad_token_id, device)
             task_ids = torch.full((len(batch),), task_id, dtype=torch.long, device=device)

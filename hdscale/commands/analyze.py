@@ -73,7 +73,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Print or write the comparison of two methods."""
-    first, second = ([read_run(path) for path in paths] for paths in (args.runs, args.against))
+    first, second = ([read_run(path, args.split) for path in paths] for paths in (args.runs, args.against))
     show([compare_runs(first, second, args.test, args.without)], args)
 
 
@@ -91,11 +91,12 @@ def add_tables(parser: argparse.ArgumentParser) -> None:
 
 def tables(args: argparse.Namespace) -> None:
     """Print or write tables."""
-    show(tables_of(find_runs(args.runs) if args.runs else [], args.table), args)
+    show(tables_of(find_runs(args.runs, args.split) if args.runs else [], args.table), args)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--format` and `--output`, the same for every analysis that makes tables."""
+    """`--split`, `--format` and `--output`, the same for every analysis that makes tables."""
+    parser.add_argument("--split", choices=["test", "validation"], default="test", help="whose scores (default: test)")
     parser.add_argument("--format", choices=list(SUFFIXES), default="markdown", help="default: markdown")
     parser.add_argument("--output", metavar="FILE", help="write to FILE in place of the screen")
 

@@ -36,6 +36,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="default: the run's; otherwise bf16 on a GPU, fp32 on a CPU"
     )
+    parser.add_argument(
+        "--unseen-task",
+        choices=["mean"],
+        help="mean: a task that a task-conditioned model does not know gets the mean of its task embeddings "
+        "(default: an error)",
+    )
     parser.add_argument("--batch-size", type=positive, metavar="N", help="rows decoded at once")
     parser.add_argument(
         "overrides",
@@ -64,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input", required=True, metavar="FILE|-", help="JSON lines (.gz is decompressed); - is standard input"
     )
     parser.add_argument("--output", required=True, metavar="FILE|-", help="JSON lines; - is standard output")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file if there is one")
     parser.add_argument("--task", metavar="NAME", help="task of rows without a field `task`; default: free text")
     parser.add_argument(
         "--on-error",
@@ -88,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     config = choice.config(args.overrides)
     find_task = functools.cache(lambda name: get_task(name, config.data))
     default = find_task(args.task) if args.task else None
-    check_output(args.output, args.input)
+    check_output(args.output, args.input, args.overwrite)
     console = Console(stderr=True, highlight=False)
     skipped = 0
 
@@ -107,7 +114,13 @@ def run(args: argparse.Namespace) -> int:
         first = list(islice(requests, args.window))
         loaded = choice.load(config)
         predictor = Predictor(
-            loaded.model, loaded.tokenizer, loaded.task_ids, config.eval, config.data, args.batch_size, args.scores
+            loaded.model,
+            loaded.tokenizer,
+            config.eval,
+            config.data,
+            task_id=functools.partial(loaded.task_id, unseen=args.unseen_task),
+            batch_size=args.batch_size,
+            scored=args.scores,
         )
         with open_output(args.output) as out, RowProgress(not args.quiet, console) as progress:
             for answer in predictor.stream(chain(first, requests), args.window):

@@ -151,6 +151,8 @@ class Task:
     may_be_empty: tuple[str, ...] = ()
     """Columns that may be empty."""
     decoding: DecodingLimits = DecodingLimits()
+    rouge_tokenizer: str = "latin"
+    """What ROUGE reads: `latin` (letters and digits, as in its reference implementation) or `unicode`."""
     repo: str | None = None
     configs: tuple[str, ...] = ()
     """Folders of the repository where the files may be; the first that has them is used ("" is the top)."""

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import operator
 import os
 import shutil
 import tempfile
@@ -28,7 +29,7 @@ from hdscale.files import cache_folder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Version of the cache's layout and of the text-to-ids rules: old entries are left alone when it grows."""
 BATCH_ROWS = 2000
 MIN_VOCABULARY = 10
@@ -95,6 +96,8 @@ class TokenizedSplit:
         task: the task's name.
         split: `train`, `validation` or `test`.
         source_lengths, target_lengths: int64 [rows], tokens of each row, `</s>` included.
+        counts: rows whose source or target is cut (`source_cut`, `target_cut`, at `source_length` and `target_length`
+            tokens), and rows with unknown characters (`unknown`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -114,6 +117,7 @@ class TokenizedSplit:
         self.task: str = meta["task"]
         self.split: str = meta["split"]
         self._length: int = meta["rows"]
+        self.counts: dict[str, int] = meta["counts"]
         self._values = {name: map_file(folder / f"{name}.bin", meta["dtypes"][name]) for name in COLUMNS}
         self._ends = {name: map_file(folder / f"{name}_ends.bin", "int64") for name in COLUMNS}
 
@@ -187,7 +191,7 @@ def cache_key(task: Task, split: str, tokenizer: Any, settings: DataSettings) ->
     """SHA-256 of everything that decides the token ids: declaration, content of the files, tokenizer,
     lengths."""
     declared = dataclasses.asdict(task)
-    for name in ("metrics", "decoding", "sizes", "repo", "configs", "revision", "files", "splits"):
+    for name in ("metrics", "rouge_tokenizer", "decoding", "sizes", "repo", "configs", "revision", "files", "splits"):
         declared.pop(name)
     declared["reader"] = reader(task).name
     content = {
@@ -258,30 +262,45 @@ def write(
     dtypes = {"source": narrow, "target": narrow, "ids": "uint8"}
     with contextlib.ExitStack() as stack:
         files = {name: Column(folder, name, dtype, stack) for name, dtype in dtypes.items()}
+        counts = {"source_length": settings.max_source_length, "target_length": settings.max_target_length}
+        counts |= dict.fromkeys(("source_cut", "target_cut", "unknown"), 0)
         rows = iter(examples)
         while batch := list(islice(rows, BATCH_ROWS)):
-            files["source"].extend(source_ids(tokenizer, batch, settings.max_source_length))
-            files["target"].extend(encode(tokenizer, [row.target for row in batch], settings.max_target_length))
+            sources, cut = source_ids(tokenizer, batch, settings.max_source_length)
+            targets, cut_targets = encode(tokenizer, [row.target for row in batch], settings.max_target_length)
+            counts["source_cut"] += cut
+            counts["target_cut"] += cut_targets
+            unknown = tokenizer.unk_token_id
+            counts["unknown"] += sum(unknown in ids for ids in map(operator.add, sources, targets))
+            files["source"].extend(sources)
+            files["target"].extend(targets)
             files["ids"].extend([np.frombuffer(row.id.encode(), dtype=np.uint8) for row in batch])
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     meta = {"task": task.name, "split": split, "rows": files["ids"].rows, "dtypes": dtypes, "files": sizes}
+    meta["counts"] = counts
     with open(folder / META, "w") as file:
         json.dump(meta, file)
         sync(file)
 
 
-def source_ids(tokenizer: Any, examples: list[Example], length: int) -> list[list[int]]:
-    """Token ids of the sources; those that were cut by tokens already stay as they are."""
-    encoded = iter(encode(tokenizer, [row.source for row in examples if row.input_ids is None], length))
-    return [next(encoded) if row.input_ids is None else list(row.input_ids) for row in examples]
+def source_ids(tokenizer: Any, examples: list[Example], length: int) -> tuple[list[list[int]], int]:
+    """(token ids of the sources, how many are cut); chunks, which were cut by tokens already, stay as they are."""
+    ids, cut = encode(tokenizer, [row.source for row in examples if row.input_ids is None], length)
+    encoded = iter(ids)
+    return [next(encoded) if row.input_ids is None else list(row.input_ids) for row in examples], cut
 
 
-def encode(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
-    """Token ids of texts, cut at `length` with `</s>` kept as the last."""
+def encode(tokenizer: Any, texts: list[str], length: int) -> tuple[list[list[int]], int]:
+    """(token ids of texts, cut at `length` with `</s>` kept as the last; how many are cut)."""
     if not texts:
-        return []
+        return [], 0
     encoded = tokenizer(texts, truncation=True, max_length=length, padding=False, return_attention_mask=False)
-    return encoded["input_ids"]
+    if encoded.encodings:
+        return encoded["input_ids"], sum(bool(one.overflowing) for one in encoded.encodings)
+    # a slow tokenizer does not say: those that are as long as may be are read once more
+    longest = [text for text, ids in zip(texts, encoded["input_ids"], strict=True) if len(ids) == length]
+    whole = tokenizer(longest, return_attention_mask=False)["input_ids"] if longest else []
+    return encoded["input_ids"], sum(len(ids) > length for ids in whole)
 
 
 class Column:

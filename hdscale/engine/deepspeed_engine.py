@@ -15,7 +15,7 @@ from torch import nn
 from hdscale.data.batches import IGNORED
 from hdscale.engine import zero
 from hdscale.engine.deepspeed_config import limit_buckets
-from hdscale.engine.optimizer import build_optimizer, learning_rate_factor, trainable_parameters
+from hdscale.engine.optimizer import build_optimizer, learning_rate_factor, trainable_parameters, uncorrected_epsilon
 from hdscale.engine.ranks import Ranks
 from hdscale.engine.settings import TrainSettings
 from hdscale.errors import UserError
@@ -184,6 +184,8 @@ class Engine:
         groups = self._deepspeed.optimizer.param_groups
         for group in groups:
             group["lr"] = group["peak_lr"] * factor
+            if self.train.adam_epsilon == "uncorrected":
+                group["eps"] = uncorrected_epsilon(self.step, group["betas"][1])
         return groups[0]["lr"]
 
     def _failure(self, step: int, what: str, rows: Sequence[Any]) -> NonFiniteError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -9,6 +10,9 @@ from torch import nn
 
 from hdscale.engine.settings import TrainSettings
 from hdscale.errors import UserError
+
+EPSILON = 1e-8
+"""AdamW's epsilon, torch's default."""
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -25,6 +29,15 @@ def learning_rate_factor(step: int, warmup_steps: int, max_steps: int) -> float:
     if step < warmup_steps:
         return step / max(1, warmup_steps)
     return max(0.0, (max_steps - step) / max(1, max_steps - warmup_steps))
+
+
+def uncorrected_epsilon(step: int, beta2: float) -> float:
+    """The epsilon with which torch's AdamW makes the update number `step` (from 0) of transformers' old AdamW.
+
+    That one adds epsilon to sqrt(v), torch's to sqrt(v / (1 - beta2^t)), t = step + 1: the same number over
+    sqrt(1 - beta2^t) gives the same update.
+    """
+    return EPSILON / math.sqrt(1.0 - beta2 ** (step + 1))
 
 
 def build_optimizer(model: nn.Module, train: TrainSettings, fused: bool) -> torch.optim.AdamW:
@@ -50,6 +63,7 @@ def build_optimizer(model: nn.Module, train: TrainSettings, fused: bool) -> torc
         groups.setdefault(float(own_rates.get(name, train.learning_rate)), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": members, "lr": rate, "peak_lr": rate} for rate, members in groups.items()],
+        eps=EPSILON,
         weight_decay=train.weight_decay,
         fused=fused,
     )

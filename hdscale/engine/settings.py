@@ -28,6 +28,11 @@ class TrainSettings(Settings):
     learning_rate: float = setting(3e-4, "peak learning rate of AdamW", at_least=0)
     warmup_steps: int = setting(500, "linear warm-up; then linear decay to 0 at max_steps", at_least=0)
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", at_least=0)
+    adam_epsilon: Literal["corrected", "uncorrected"] = setting(
+        "corrected",
+        "AdamW's epsilon is added to the bias-corrected second moment (corrected, torch's AdamW) or before the "
+        "correction (uncorrected, the paper's release)",
+    )
     gradient_clipping: float = setting(1.0, "clip the global gradient norm (0: off)", at_least=0)
     label_smoothing: float = setting(
         0.0, "label smoothing (the release used 0.1 with a summed loss)", at_least=0, at_most=1

@@ -19,7 +19,7 @@ class Spent(Protocol):
 
 
 class Steps:
-    """Takes steps from a feed, and logs them one step late, so that a GPU never waits for its host.
+    """Takes steps from a feed, and on a GPU logs them one step late, so that it never waits for its host.
 
     Args:
         engine: that trains. feed: its batches, beginning with the engine's step. log: of the run.
@@ -49,6 +49,9 @@ class Steps:
         }
         self.finish()
         self._pending = pending, counts
+        if self._engine.ranks.device.type == "cpu":
+            # the step is done already: its time must not be counted with the next one's
+            self.finish()
 
     def finish(self) -> None:
         """Wait for the step that was started, if any, and log it: before anything is saved or evaluated.

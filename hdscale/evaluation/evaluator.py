@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
+from hdscale.data.sample import sample_examples
 from hdscale.data.settings import DataSettings
 from hdscale.data.sources import load_examples
 from hdscale.data.tasks import Example, Task
@@ -31,6 +32,7 @@ from hdscale.evaluation.generation import (
     Decoder,
     GenerationModel,
     Prediction,
+    RowSample,
     SourceRow,
     SplitRows,
     global_batches,
@@ -38,11 +40,12 @@ from hdscale.evaluation.generation import (
     task_id_of,
 )
 from hdscale.evaluation.metrics import check_metrics, compute_scores
-from hdscale.evaluation.mrqa_protocol import answer_questions, first_questions, write_official
+from hdscale.evaluation.mrqa_protocol import answer_questions, write_official
 from hdscale.evaluation.predictions import SHARED_FILES_SECONDS, PredictionFiles, batch_line, fingerprint
 from hdscale.evaluation.settings import EvalSettings
 from hdscale.files import json_line
 from hdscale.runs.ranks import RankGroup, SingleProcess
+from hdscale.runs.scores import Score
 from hdscale.runs.settled import Settled
 
 if TYPE_CHECKING:
@@ -90,6 +93,22 @@ class Evaluation:
         """{task: what a reader must know about its metrics}."""
         return {name: result.notes for name, result in self.results.items()}
 
+    def scores(self, step: int | None, selection: str, checkpoint: str | None = None) -> list[Score]:
+        """The metrics with what they are of; see `hdscale.runs.scores.Score` for the arguments."""
+        return [
+            Score(
+                name,
+                result.split,
+                result.metrics,
+                step,
+                selection,
+                result.notes["rows"],
+                result.notes["rows_in_split"],
+                checkpoint,
+            )
+            for name, result in self.results.items()
+        ]
+
     def averages(self) -> dict[str, float]:
         """All averages that apply to these tasks."""
         return averages(self.tasks, self.metrics())
@@ -104,19 +123,23 @@ Row = TypeVar("Row", bound=SourceRow)
 
 @dataclasses.dataclass
 class SplitInputs(Generic[Row]):
-    """A split as it is decoded: its rows, an example for each row that is wanted, and the decoder.
+    """A split, or a sample of it, as it is decoded.
 
-    Rows beyond the last example are not read.
+    Attributes:
+        rows: tokenised. examples: one for each row.
+        decoder: of the rows.
+        total: rows of the whole split (questions, where examples are chunks of them).
     """
 
     rows: SplitRows[Row]
     examples: Sequence[Example]
     decoder: BatchDecoder[Row]
+    total: int
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row's source."""
-        return [int(length) for length in self.rows.source_lengths[: len(self.examples)]]
+        return [int(length) for length in self.rows.source_lengths]
 
     def decode(self, numbers: Sequence[int]) -> list[Prediction]:
         """The predictions of these rows, as one batch."""
@@ -169,7 +192,7 @@ class SplitEvaluator(abc.ABC):
 
         Args:
             step: the model's step, or another name of its weights; predictions of other weights are not reused.
-            limit: only the first `limit` rows (questions, for MRQA).
+            limit: a sample of at most this many rows (questions, for MRQA): see `hdscale.data.sample`.
             progress: told how many rows are decoded.
 
         Returns:
@@ -184,7 +207,7 @@ class SplitEvaluator(abc.ABC):
 
     @abc.abstractmethod
     def inputs(self, task: Task, split: str, limit: int | None) -> SplitInputs[Any]:
-        """The first `limit` rows (questions) of a split, and what decodes them."""
+        """A split, or a sample of at most `limit` of its rows (questions), and what decodes it."""
 
     def evaluate_rows(
         self,
@@ -220,7 +243,8 @@ class SplitEvaluator(abc.ABC):
             patience = SHARED_FILES_SECONDS if self.ranks.world_size > 1 else 0.0
             self.ranks.on_main(files.merge, examples, task.chunked, seconds, patience)
         metrics, notes = self.ranks.on_main(score, task, files, examples, self.settings)
-        return SplitResult(task.name, split, metrics, notes | {"batch_size": batch_size}, files.path)
+        notes |= {"rows_in_split": inputs.total, "batch_size": batch_size}
+        return SplitResult(task.name, split, metrics, notes, files.path)
 
     def decode(
         self,
@@ -313,8 +337,7 @@ class Evaluator(SplitEvaluator):
         examples = load_examples(task, split, self.data, self.tokenizer)
         if len(rows) != len(examples):
             raise ValueError(f"{len(rows)} rows for {len(examples)} examples of {task.name}")
-        if limit is not None:
-            examples = examples[: first_questions(examples, limit) if task.chunked else limit]
+        chosen, total = sample_examples(examples, limit, task.chunked)
         decoder = Decoder(
             self.model,
             self.tokenizer,
@@ -323,7 +346,7 @@ class Evaluator(SplitEvaluator):
             task_id=task_id_of(task.name, self.task_ids),
             lockstep=self.in_lockstep,
         )
-        return SplitInputs(rows, examples, decoder)
+        return SplitInputs(RowSample(rows, chosen), [examples[number] for number in chosen], decoder, total)
 
 
 def score(
@@ -340,6 +363,7 @@ def score(
             "chunks": len(records),
             "empty_answers": sum(not text for text in texts),
             "chunk_score": settings.mrqa_score,
+            "empty_allowed": settings.mrqa_empty,
         }
         write_official(answers, files.official_path)
     scores = compute_scores(task, texts, examples)

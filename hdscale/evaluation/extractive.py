@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from hdscale.data.batches import pad_rows
+from hdscale.data.sample import sample_rows
 from hdscale.data.settings import DataSettings
 from hdscale.data.tasks import Example, Task
 from hdscale.data.tasks.mrqa.reader import questions
@@ -60,8 +61,10 @@ class Windows:
 
 def windows_of(
     task: Task, split: str, tokenizer: PreTrainedTokenizerBase, data: DataSettings, limit: int | None
-) -> tuple[Windows, list[Example]]:
-    """The windows of a split's questions, and one example for each window (its `group` is the question's id).
+) -> tuple[Windows, list[Example], int]:
+    """The windows of a sample of a split's questions, one example for each window, and the split's questions.
+
+    The `group` of an example is the question's id.
 
     Raises:
         UserError: the tokenizer does not map tokens to characters.
@@ -72,7 +75,8 @@ def windows_of(
         )
     length = min(data.max_source_length, tokenizer.model_max_length)
     windows, examples = [], []
-    for question in questions(task, split, data, limit):
+    found = list(questions(task, split, data))
+    for question in (found[number] for number in sample_rows(len(found), limit)):
         encoded = tokenizer(
             shortened(question.question, tokenizer, length // 2),
             question.context,
@@ -93,7 +97,7 @@ def windows_of(
             id = f"{question.id}#{number}"
             windows.append(Window(id, ids, encoded["token_type_ids"][number], offsets, question.context))
             examples.append(Example(question.source, question.target, task.name, id, question.references, question.id))
-    return Windows(windows), examples
+    return Windows(windows), examples, len(found)
 
 
 def shortened(text: str, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
@@ -169,11 +173,11 @@ class ExtractiveEvaluator(SplitEvaluator):
     tokenizer: PreTrainedTokenizerBase
 
     def inputs(self, task: Task, split: str, limit: int | None) -> SplitInputs[Window]:
-        """The windows of the first `limit` questions.
+        """The windows of a sample of at most `limit` questions.
 
         Raises:
             UserError: see `check_extractive` and `windows_of`.
         """
         check_extractive([task])
-        windows, examples = windows_of(task, split, self.tokenizer, self.data, limit)
-        return SplitInputs(windows, examples, SpanDecoder(self.model, self.tokenizer))
+        windows, examples, total = windows_of(task, split, self.tokenizer, self.data, limit)
+        return SplitInputs(windows, examples, SpanDecoder(self.model, self.tokenizer), total)

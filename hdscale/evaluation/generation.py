@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -87,13 +87,40 @@ class SplitRows(Protocol[Row_co]):
         """The row at this position."""
 
 
+class RowSample(Generic[Row_co]):
+    """Some rows of a split, in order: position `number` here is row `chosen[number]` there."""
+
+    def __init__(self, rows: SplitRows[Row_co], chosen: Sequence[int]) -> None:
+        self._rows, self._chosen = rows, chosen
+
+    @property
+    def source_lengths(self) -> np.ndarray:
+        """Tokens of each row's source."""
+        return np.asarray(self._rows.source_lengths)[list(self._chosen)]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def row(self, number: int, /) -> Row_co:
+        """The row at this position of the sample."""
+        return self._rows.row(self._chosen[number])
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How a task's targets are generated (greedy or beam search)."""
+    """How a task's targets are generated (greedy or beam search).
+
+    Attributes:
+        max_new_tokens: largest number of tokens, </s> included.
+        num_beams: 1 is greedy search.
+        min_new_tokens: number of tokens before </s> is allowed.
+        without_empty: log-likelihoods are those given that the text is not empty.
+    """
 
     max_new_tokens: int
     num_beams: int = 1
     min_new_tokens: int = 0
+    without_empty: bool = False
 
     def generate_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `model.generate`."""
@@ -116,7 +143,10 @@ def task_decoding(
     if task.kind == "label" and task.labels and own.max_target_length is None:
         length = max(len(tokenizer(label).input_ids) for label in task.labels)
     # a task's minimum counts the decoder's start token, as transformers' `min_length` does
-    return Decoding(length, own.num_beams or settings.num_beams, min_new_tokens=max(0, own.min_length - 1))
+    most = max(1, length - settings.count_start_token)
+    without_empty = task.chunked and not settings.mrqa_empty
+    fewest = max(0, own.min_length - 1, without_empty)
+    return Decoding(most, own.num_beams or settings.num_beams, fewest, without_empty)
 
 
 def task_id_of(name: str | None, task_ids: Mapping[str, int]) -> int | None:
@@ -217,6 +247,10 @@ class Decoder:
             if self.scored and log_likelihood is None:
                 labels = generated.masked_fill(~kept, IGNORED)
                 log_likelihood = self.model.log_likelihood(input_ids, attention_mask, labels, task_ids=task_ids)
+            if log_likelihood is not None and self.decoding.without_empty:
+                end = torch.full((len(rows), 1), self.tokenizer.eos_token_id, dtype=torch.long, device=device)
+                empty = self.model.log_likelihood(input_ids, attention_mask, end, task_ids=task_ids)
+                log_likelihood = log_likelihood.double() - log_of_rest(empty)
         scores: Sequence[float | None] = [None] * len(rows)
         if log_likelihood is not None:
             scores = [round(value, SCORE_DECIMALS) for value in log_likelihood.double().tolist()]
@@ -248,6 +282,11 @@ def tokens_kept(generated: Tensor, eos_id: int, pad_id: int) -> Tensor:
     """Mask [B, T] of the tokens that a row consists of: up to its first </s>, that included; padding is not kept."""
     after_end = (generated == eos_id).cumsum(dim=1) - (generated == eos_id).long() > 0
     return ~after_end & (generated != pad_id)
+
+
+def log_of_rest(log_probability: Tensor) -> Tensor:
+    """log(1 - p) of log p, in float64; p counts as at most 1 - 1e-6, as float32 does not tell it from 1 beyond."""
+    return torch.log(-torch.expm1(log_probability.double().clamp(max=-1e-6)))
 
 
 def model_device(model: GenerationModel) -> torch.device:

@@ -7,6 +7,7 @@ not one of a task's labels, or not a number, is a wrong prediction and is counte
 from __future__ import annotations
 
 import functools
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -135,6 +136,18 @@ class Correlations(TextMetric):
         return {name: 100 * float(np.nan_to_num(value)) for name, value in values.items()}
 
 
+SINGLE = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+"""Ideographs and kana, which are written without spaces between words."""
+
+
+class UnicodeTokenizer:
+    """Words of any script for ROUGE; each ideograph or kana counts as a word."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words of a text, in lower case."""
+        return re.findall(rf"[{SINGLE}]|[^\W{SINGLE}]+", text.lower())
+
+
 class Rouge(TextMetric):
     """ROUGE-1, -2, -L and -Lsum F-measure with the Porter stemmer, mean over rows, x100, the best over references.
 
@@ -145,9 +158,10 @@ class Rouge(TextMetric):
     description = "ROUGE of generated summaries"
     many_references = True
 
-    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    def _compute(self, predictions: list[str], references: list[list[str]], unicode: bool = False) -> dict[str, float]:
         names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-        whole, summary = RougeScorer(names[:3], use_stemmer=True), RougeScorer(names[3:], use_stemmer=True)
+        tokenizer = UnicodeTokenizer() if unicode else None
+        whole, summary = (RougeScorer(own, use_stemmer=True, tokenizer=tokenizer) for own in (names[:3], names[3:]))
         split = sentence_splitter()[1]
         sums = dict.fromkeys(names, 0.0)
         for predicted, gold in zip(predictions, references, strict=True):
@@ -238,11 +252,16 @@ def compute_scores(task: Task, predictions: Sequence[str], examples: Sequence[Ex
         notes["unreadable"] = unreadable
     values: dict[str, float] = {}
     for metric in dict.fromkeys(METRICS[task.kind][name] for name in task.metrics):
-        options = {"labels": list(task.labels)} if metric in (BinaryF1, MacroF1, Matthews) and task.labels else {}
+        options: dict[str, Any] = (
+            {"labels": list(task.labels)} if metric in (BinaryF1, MacroF1, Matthews) and task.labels else {}
+        )
         references = [gold_texts(example) if metric.many_references else example.target.strip() for example in examples]
+        if metric is Rouge:
+            options = {"unicode": task.rouge_tokenizer == "unicode"}
         values |= metric().compute(predictions=predictions, references=references, **options)
         if metric is Rouge:
             notes["sentence_splitter"] = sentence_splitter()[0]
+            notes["rouge_tokenizer"] = task.rouge_tokenizer
     return Scores({name: values[name] for name in task.metrics}, notes)
 
 

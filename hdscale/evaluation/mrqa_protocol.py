@@ -47,16 +47,6 @@ UNANSWERED = "\0"
 answer "The")."""
 
 
-def first_questions(examples: Sequence[Example], limit: int) -> int:
-    """Number of leading chunks that contain the first `limit` questions."""
-    questions: set[str] = set()
-    for number, example in enumerate(examples):
-        questions.add(question_of(example))
-        if len(questions) > limit:
-            return number
-    return len(examples)
-
-
 def question_of(chunk: Example) -> str:
     """The id of the question that a chunk is a part of."""
     if chunk.group is None:

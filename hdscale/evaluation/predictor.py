@@ -7,7 +7,7 @@ context of an MRQA task are cut into chunks, and the likeliest answer is kept (S
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ from hdscale.evaluation.generation import (
     Prediction,
     model_device,
     task_decoding,
-    task_id_of,
 )
 from hdscale.evaluation.mrqa_protocol import best_chunk
 from hdscale.evaluation.requests import Request, tokenize_requests
@@ -44,10 +43,10 @@ class Predictor:
 
     Args:
         model: any model that generates. tokenizer: its tokenizer.
-        task_ids: {task: its id} of a task-conditioned model, empty for others.
         settings: `eval.*` (beams, batch size, the score of chunks). data: `data.*` (lengths).
         batch_size: rows decoded at once; default: `eval.batch_size`, otherwise by device. It is halved for as long as a
             batch does not fit into memory.
+        task_id: gives the model's id of a task (None: of free text); None if the model knows of no tasks.
         scored: also return log-likelihoods.
     """
 
@@ -55,13 +54,13 @@ class Predictor:
         self,
         model: GenerationModel,
         tokenizer: PreTrainedTokenizerBase,
-        task_ids: Mapping[str, int],
         settings: EvalSettings,
         data: DataSettings,
+        task_id: Callable[[str | None], int | None],
         batch_size: int | None = None,
         scored: bool = False,
     ) -> None:
-        self.model, self.tokenizer, self.task_ids = model, tokenizer, task_ids
+        self.model, self.tokenizer, self._task_id = model, tokenizer, task_id
         self.settings, self.data, self.scored = settings, data, scored
         default = GPU_BATCH_SIZE if model_device(model).type == "cuda" else CPU_BATCH_SIZE
         self.batch_size = batch_size or settings.batch_size or default
@@ -125,7 +124,7 @@ class Predictor:
 
     def task_id(self, task: Task | None) -> int | None:
         """The id of a row's task in the model."""
-        return task_id_of(None if task is None else task.name, self.task_ids)
+        return self._task_id(None if task is None else task.name)
 
     def output(self, request: Request, parts: Sequence[Prediction]) -> dict[str, Any]:
         """One output row; the answers of a question's chunks become one."""

@@ -26,8 +26,8 @@ def open_input(name: str) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 
-def check_output(output: str, source: str) -> None:
-    """Raise UserError if the output cannot be written; called before anything is computed."""
+def check_output(output: str, source: str, overwrite: bool) -> None:
+    """Raise UserError if the output cannot be written, or exists and is not to be replaced; called before any work."""
     if output == "-":
         return
     path = Path(output)
@@ -35,6 +35,8 @@ def check_output(output: str, source: str) -> None:
         raise UserError(f"--output {output}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}")
     if source != "-" and path.resolve() == Path(source).resolve():
         raise UserError(f"--output {output}: is also the input; give another name")
+    if path.is_file() and path.stat().st_size and not overwrite:
+        raise UserError(f"--output {output}: exists; replace it by --overwrite, or give another name")
     try:
         with partial_path(path).open("a"):
             pass

@@ -11,7 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hdscale.bases.base import BUILT_IN, load_base
 from hdscale.bases.settings import ModelSettings
+from hdscale.data.tasks.aliases import canonical
 from hdscale.errors import UserError
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.model import build_model
@@ -113,9 +115,12 @@ def convert_state(
                 hypernet.mlp = f"{side}.mlp.0.weight" in state
             else:
                 count = state[f"{side}.adapter_task_embedding.weight"].shape[0]
-                tasks = tasks or [f"task{index}" for index in range(count)]
-                if len(tasks) != count:
+                tasks = [canonical(name) for name in tasks or [f"task{index}" for index in range(count)]]
+                if len(tasks) not in (count, count - 1):
                     raise UserError(f"--tasks names {len(tasks)} tasks, the state dict has embeddings of {count}")
+                # the release's table has one row more than it has tasks, which is never trained
+                embedding = f"method.{side}.task_embedding.weight"
+                trainables[embedding] = trainables[embedding][: len(tasks)]
         if kind == "none":
             sides[side] = SideSettings("none")
         else:
@@ -148,6 +153,25 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def check_base(state: dict[str, Tensor], model: ModelSettings, path: str) -> None:
+    """Raise UserError if the state dict has other weights of T5 than the base that is named.
+
+    The release saves the whole model. A base of another origin may have the same shapes, and would be decoded with
+    adapters that were trained on other weights. Built-in sizes have no weights to compare.
+    """
+    if model.name in BUILT_IN:
+        return
+    base = load_base(model, torch.float32).state_dict()
+    compared = [name for name in base if name in state]
+    for name in compared:
+        ours, theirs = base[name], state[name].float()
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5):
+            raise UserError(
+                f"{path}: {name} differs from that of base '{model.name}', so it was trained on another base; name "
+                "that one by --model"
+            )
+
+
 def convert_checkpoint(
     path: str | Path, folder: str | Path, model: ModelSettings, tasks: list[str] | None, normed_input: bool
 ) -> tuple[HyperdecoderConfig, dict[str, Tensor]]:
@@ -164,7 +188,9 @@ def convert_checkpoint(
     Raises:
         UserError: for a file that cannot be read, or that does not fit the base.
     """
-    config, trainables = convert_state(read_state(path), model, tasks, normed_input)
+    state = read_state(path)
+    config, trainables = convert_state(state, model, tasks, normed_input)
+    check_base(state, model, str(path))
     adapted = build_model(config, device="meta")
     for name, parameter in adapted.trainable_parameters().items():
         shape = list(trainables[name].shape) if name in trainables else None

@@ -113,6 +113,11 @@ class RunLog:
             self._write(LOG, stamped(f"{kind.__name__ if kind else ''}: {error}"))
         self.close()
 
+    @property
+    def active(self) -> bool:
+        """Whether this rank writes the log."""
+        return self._active
+
     def info(self, text: str) -> None:
         """A line for the console and train.log."""
         if self._active:

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from hdscale.report.palette import GREY, style
 from hdscale.report.pictures import SIZE, Picture, fit_limits, legend, new_figure, plain_log_ticks
 from hdscale.study.fits import Fit, FitRefused, fit_power_law
-from hdscale.study.rows import RunRow, pareto
+from hdscale.study.rows import RunRow, pareto, splits_of
 
 EXTRAPOLATE = 4.0
 """A fit is drawn to this multiple of the largest x, dashed beyond what was measured."""
@@ -34,10 +34,10 @@ SAMPLES = Quantity("data", "training rows seen", "D", lambda row: row.samples)
 FLOPS = Quantity("compute", "training compute (FLOP)", "C", lambda row: row.flops)
 TASKS = Quantity("number of tasks", "tasks", "k", lambda row: row.tasks)
 COMMON = Quantity(
-    "error on common tasks", "test error on the tasks of all runs (points)", "e", lambda row: row.common_error
+    "error on common tasks", "{split} error on the tasks of all runs (points)", "e", lambda row: row.common_error
 )
 LOSS = Quantity("loss", "training loss at the end (nats per token)", "L", lambda row: row.loss)
-ERROR = Quantity("error", "test error, 100 - average score (points)", "e", lambda row: row.error)
+ERROR = Quantity("error", "{split} error, 100 - average score (points)", "e", lambda row: row.error)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def scaling(rows: Sequence[RunRow], x: Quantity, y: Quantity, group: Callable[[R
     fit_limits(axes, drawn_at)
     plain_log_ticks(axes)
     axes.set_xlabel(x.label)
-    axes.set_ylabel(y.label)
+    axes.set_ylabel(y.label.format(split=splits_of([row for row, _, _ in points])))
     handles = [Line2D([], [], color=style(i)[0], marker=style(i)[1], linestyle="none") for i in range(len(labels))]
     drawn = [note for note in notes if "no fit" not in note]
     if drawn:
@@ -217,7 +217,7 @@ def side_by_side(
     axes.set_xticks(range(len(sizes)), sizes, rotation=0 if len("".join(sizes)) < 70 else 20)
     axes.set_xlim(-0.6, len(sizes) - 0.4)
     axes.set_xlabel("size of the base")
-    axes.set_ylabel("test average (points)")
+    axes.set_ylabel(f"{splits_of(rows)} average (points)")
     handles = [Line2D([], [], color=style(i)[0], marker=style(i)[1]) for i in range(len(methods))]
     legend(figure, handles, [*methods])
     return Picture("methods_side_by_side", "Methods side by side", figure, notes)
@@ -245,7 +245,7 @@ def pareto_front(rows: Sequence[RunRow], group: Callable[[RunRow], str]) -> Pict
     axes.set_xscale("log")
     plain_log_ticks(axes, y=False)
     axes.set_xlabel("device-hours of training (ranks x hours)")
-    axes.set_ylabel("test average (points)")
+    axes.set_ylabel(f"{splits_of(rows)} average (points)")
     handles = [Line2D([], [], color=style(i)[0], marker=style(i)[1], linestyle="none") for i in range(len(labels))]
     legend(figure, [*handles, Line2D([], [], color=GREY)], [*labels, "Pareto front"])
     notes = [

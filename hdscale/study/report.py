@@ -17,7 +17,7 @@ from hdscale.report.pictures import Picture
 from hdscale.runs.folder import CONFIG, METRICS, RESULTS
 from hdscale.study import figures
 from hdscale.study.forecast import predict_run
-from hdscale.study.rows import RunRow, axes_of, budget_axes, moved_keys, read_rows, seed_axes, write_csv
+from hdscale.study.rows import RunRow, axes_of, budget_axes, moved_keys, read_rows, seed_axes, splits_of, write_csv
 from hdscale.study.status import statuses
 from hdscale.study.store import RunStatus, Store
 
@@ -25,7 +25,7 @@ COLUMNS: tuple[tuple[str, Callable[[RunRow], float | None], str], ...] = (
     ("parameters", lambda row: row.parameters, "{:,.0f}"),
     ("trainable", lambda row: row.trainable, "{:,.0f}"),
     ("share, %", lambda row: row.percent, "{:.2f}"),
-    ("test average", lambda row: row.average, "{:.2f}"),
+    ("average", lambda row: row.average, "{:.2f}"),
     ("training loss", lambda row: row.loss, "{:.3f}"),
     ("steps", lambda row: row.steps, "{:,}"),
     ("rows seen", lambda row: row.samples, "{:,.0f}"),
@@ -129,6 +129,11 @@ def page_of(
         ),
         *(figure(picture, png) for picture, png in shown),
     ]
+    if len({row.split for row in rows}) > 1:
+        without = ", ".join(html.escape(row.name) for row in rows if row.split == "validation")
+        parts.append(
+            quiet(f"Not comparable: these runs have validation scores only, the others test scores: {without}.")
+        )
     if missing:
         names = html.escape(", ".join(missing))
         parts.append(quiet(f"Not drawn, since this study does not vary or record it: {names}."))
@@ -138,7 +143,9 @@ def page_of(
 def table_of(found: dict[str, RunStatus], rows: list[RunRow]) -> str:
     """All runs, with links to their configurations, results and logs."""
     by_name = {row.name: row for row in rows}
-    header = [f'<th class="number">{html.escape(name)}</th>' for name, _, _ in COLUMNS]
+    split = splits_of(rows)
+    names = [f"{split} average" if name == "average" else name for name, _, _ in COLUMNS]
+    header = [f'<th class="number">{html.escape(name)}</th>' for name in names]
     lines = []
     for name, status in found.items():
         row = by_name.get(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ class RunRow:
     Attributes:
         name: of the run. point: {axis: point}. method: name of the method.
         parameters: of the base. trainable: of the method. percent: trainable share.
-        average: test score, x100. error: 100 - average. loss: mean training loss at the end (nats per token).
+        split: whose scores these are: test, or validation where a run has no test scores.
+        average: score on that split, x100. error: 100 - average. loss: mean training loss at the end (nats per token).
         samples: training rows seen. tokens: source and target tokens seen. seconds: of training.
         devices: ranks. device_hours: ranks times hours of training. samples_per_second: of training.
         memory_gb: the largest in the log of a rank. flops: of training, by the plan's formula.
-        tasks: number of tasks tested. common_error: 100 - mean score over the tasks that every run has tested, each
+        tasks: number of tasks scored. common_error: 100 - mean score over the tasks that every run has scored, each
             by `hdscale.runs.scores.task_score`, as in `average`.
         planned_*: the plan's predictions for this run on its device (None where the plan has no figures for it).
     """
@@ -56,6 +57,7 @@ class RunRow:
     common_error: float | None = None
     planned_samples_per_second: float | None = None
     planned_memory_gb: float | None = None
+    split: str = "test"
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,16 @@ def read_rows(store: Store, predict: Predict | None = None) -> list[RunRow]:
 def task_scores(results: dict[str, Any]) -> dict[str, float]:
     """{task: the score by which it counts in averages}, of the tasks that have one."""
     scores = {}
-    for task, metrics in (results.get("tasks") or {}).items():
+    for task, metrics in (results.get("tasks" if split_of(results) == "test" else "validation") or {}).items():
         known = {name: value for name, value in metrics.items() if finite(value)}
         if known:
             scores[task] = task_score(known)
     return scores
+
+
+def split_of(results: dict[str, Any]) -> str:
+    """`test`, or `validation` if a run has no test scores (results of hdscale 0.1 do not say: `test`)."""
+    return "test" if "format" not in results or results.get("tasks") else "validation"
 
 
 def row_of(store: Store, name: str, run: dict[str, Any], results: dict[str, Any], predict: Predict | None) -> RunRow:
@@ -108,7 +115,8 @@ def row_of(store: Store, name: str, run: dict[str, Any], results: dict[str, Any]
     provenance = results.get("provenance", {})
     devices = int(provenance.get("world_size") or 1)
     forecast = predict(run["config"], results) if predict else Forecast()
-    average = number(results.get("average"))
+    split = split_of(results)
+    average = number(results.get("average" if split == "test" else "validation_average"))
     return RunRow(
         name=name,
         point=run["point"],
@@ -131,6 +139,7 @@ def row_of(store: Store, name: str, run: dict[str, Any], results: dict[str, Any]
         flops=forecast.flops,
         planned_samples_per_second=forecast.planned_samples_per_second,
         planned_memory_gb=forecast.planned_memory_gb,
+        split=split,
     )
 
 
@@ -142,6 +151,18 @@ def number(value: Any) -> float | None:
 def finite(value: Any) -> bool:
     """Whether a value is a number that can be drawn."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def average_shown(results: dict[str, Any]) -> str:
+    """A run's average with its split: `test average 80.1`; empty where nothing was evaluated."""
+    split = split_of(results)
+    average = number(results.get("average" if split == "test" else "validation_average"))
+    return "" if average is None else f"{split} average {average:.1f}"
+
+
+def splits_of(rows: Sequence[RunRow]) -> str:
+    """`test` or `validation`; both words where runs differ in it, which cannot be compared."""
+    return " or ".join(sorted({row.split for row in rows}, key=("test", "validation").index))
 
 
 def moved_keys(runs: dict[str, dict[str, Any]]) -> dict[str, set[str]]:

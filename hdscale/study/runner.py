@@ -15,6 +15,7 @@ import filelock
 from hdscale.cluster.pool import Job, Pool, how_it_ended, last_words
 from hdscale.errors import EXIT_BROKEN, EXIT_DONE, EXIT_PREEMPTED, UserError
 from hdscale.files import locked
+from hdscale.study.rows import average_shown
 from hdscale.study.spec import Run, Study
 from hdscale.study.store import RunStatus, Store, given_up, max_steps_of
 
@@ -144,7 +145,7 @@ class LocalRunner:
         self.store.note(job.name, "end", code=code, note=note, seconds=round(job.seconds, 1))
         if code == EXIT_DONE and results is not None:
             done = sum(self.store.results(run.name) is not None for run in self.study.runs)
-            self.say(f"done {job.name} ({done} of {len(self.study.runs)}): average {results['average']:.1f}")
+            self.say(f"done {job.name} ({done} of {len(self.study.runs)}): {average_shown(results)}")
             return False
         over = given_up(self._status(self._runs[job.name]), self.study.limits.retries)
         self.say(f"{'failed' if over else 'again'} {job.name}: {note or 'it was pre-empted'}")

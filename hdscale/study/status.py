@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from hdscale.study.rows import average_shown
 from hdscale.study.store import RunStatus, Store
 from hdscale.study.submit import live_runs
 
@@ -44,13 +45,13 @@ def status_table(store: Store) -> Group:
     table.add_column("failures", justify="right")
     table.add_column("note", overflow="fold")
     for name, status in found.items():
-        average = (status.results or {}).get("average")
+        average = average_shown(status.results) if status.results else ""
         table.add_row(
             name,
             Text(status.state, STYLES.get(status.state, "")),
             f"{status.step}/{status.max_steps}" if status.max_steps else str(status.step),
             "" if status.loss is None else f"{status.loss:.3f}",
-            "" if average is None else f"{average:.1f}",
+            average,
             "" if status.seconds is None else clock(status.seconds),
             str(status.failures or ""),
             status.note,

@@ -54,19 +54,22 @@ def printed():
 
 
 def test_shares_of_trainable_parameters_are_the_printed_ones(printed):
-    """Exact counts within 0.1 point; the rows whose own numbers do not add up carry a note, and only they."""
+    """Exact counts round to the printed ones; the rows whose own numbers do not add up carry a note, and only they."""
     assert len(printed) == len([1 for _, row in ALL_ROWS if row.percent and row.config]) == 39
     noted = []
     for row in printed:
-        close = abs(row["percent"] - row["paper"]) <= 0.1
+        close = abs(row["percent"] - row["paper"]) <= 0.05
         assert close == (row["note"] is None), row
         if not close:
             noted.append((row["table"], row["row"]))
     assert noted == [
         ("table1", "Hyperformer++"),
         ("table3", "Hyperdecoder (ours)"),
+        ("table14", "Hyperdecoder 512/36, bottleneck 72"),
         ("table14", "Hyperdecoder 800/2, bottleneck 16"),
+        ("table15", "Hyperdecoder 512/36, bottleneck 72"),
         ("table15", "Hyperdecoder 800/2, bottleneck 16"),
+        ("table16", "Hyperdecoder (ours) (enc-heavy)"),
     ]
 
 

@@ -14,13 +14,15 @@ import yaml
 from scipy import stats
 
 from hdscale.analysis.classifier import Pooled, evaluate_classifiers, train_classifiers
-from hdscale.analysis.compare import comparison_table
+from hdscale.analysis.compare import compare_runs, comparison_table
 from hdscale.analysis.embeddings import Embedded, colourings, draw, project
 from hdscale.analysis.formats import TextTable, escape_latex, render
 from hdscale.analysis.options import ClassifierOptions
 from hdscale.commands.cli import main
 from hdscale.config import Config, to_dict
+from hdscale.data.sample import sample_rows
 from hdscale.data.tasks import get_task
+from hdscale.errors import UserError
 from hdscale.runs.results import read_run, task_average
 from tests.helpers.places import HUB, T5_TOKENIZER, needs_real_text
 from tests.helpers.tiny import save_tiny_t5
@@ -120,8 +122,8 @@ def test_tables_put_runs_beside_the_paper(tmp_path, capsys):
     printed = capsys.readouterr().out
     rows = [row for row in csv.reader(printed.splitlines()) if row]
     header = next(row for row in rows if "CoLA" in row)
-    own = next(row for row in rows if "here, 2 runs" in row and len(row) == len(header))
-    assert own[0] == "Hyperdecoder (ours)"
+    own = next(row for row in rows if "here, 2 runs, test" in row and len(row) == len(header))
+    assert own[0].startswith("Hyperdecoder (ours) [")  # the note that a file of 0.1 does not say the split
     found = dict(zip(header, own, strict=True))
     assert (found["RTE"], found["CoLA"], found["Avg"], found["SST-2"]) == (
         "81.5 ± 0.7",
@@ -139,7 +141,7 @@ def test_tables_put_runs_beside_the_paper(tmp_path, capsys):
         "# Table 9",
         "# Table 13",
     ]
-    assert any(row[:2] == ["Hyperdecoder (ours)", "here, 2 runs"] and row[-1] == "74.5" for row in rows)
+    assert any(row[1:2] == ["here, 2 runs, test"] and row[-1] == "74.5" for row in rows)
 
 
 def test_reported_rows_are_marked(capsys):
@@ -162,7 +164,7 @@ def test_tables_of_other_runs(tmp_path, capsys):
         )
         == 0
     )
-    assert r"mine & hyperdecoder & 2.87\% & 61.2 & 61.2 \\" in out.read_text()
+    assert r"mine & test; split not recorded (hdscale 0.1) & hyperdecoder & 2.87\% & 61.2 & 61.2 \\" in out.read_text()
     (tmp_path / "mine" / "results.json").write_text("{")
     assert main(["analyze", "tables", "--runs", str(tmp_path)]) == 2
     assert "not the results of a run" in capsys.readouterr().err
@@ -314,9 +316,33 @@ def test_the_pooled_encoding_is_the_masked_mean_of_each_row(real_run):
     loaded, task = Choice(run=str(folder)).load(config), get_task("rte")
     pooled = pool_split(loaded, task, "validation", config, limit=7, batch_size=3)
     rows = tokenized_split(task, "validation", loaded.tokenizer, config.data)
-    for number in range(7):
-        ids = torch.tensor([rows.row(number).input_ids])
+    for number, row in enumerate(sample_rows(len(rows), 7)):
+        ids = torch.tensor([rows.row(row).input_ids])
         with torch.no_grad():
             alone = loaded.model.encode(ids, torch.ones_like(ids)).hidden.mean(dim=1)[0]
         assert torch.allclose(pooled.means[number], alone, atol=1e-5)
         assert task.labels[int(pooled.labels[number])] == pooled.examples[number].target
+
+
+def scored(rows: int, split: str = "test") -> list[dict]:
+    return [
+        {"task": "rte", "split": split, "metrics": {"accuracy": 70.0}, "step": 9, "selection": "best", "rows": rows,
+         "rows_in_split": 277}
+    ]  # fmt: skip
+
+
+def test_scores_of_other_rows_are_not_compared(tmp_path):
+    more = {"format": 2}
+    full = write_run(tmp_path / "full", "full", 1, {}, "hyperdecoder", scores=scored(277), **more)
+    sample = write_run(tmp_path / "sample", "sample", 2, {}, "adapter", scores=scored(60), **more)
+    with pytest.raises(UserError, match="rte test: 60 of 277 rows in .*sample, 277 in .*full"):
+        compare_runs([read_run(full)] * 2, [read_run(sample)] * 2, ["welch"], [])
+
+
+def test_other_differences_and_unrecorded_splits_are_named(runs, tmp_path):
+    ours = [read_run(runs["hyperdecoder", seed]) for seed in range(5)]
+    config = {"method": {"name": "adapter"}, "train": {"max_steps": 9}}
+    theirs = [dataclasses.replace(read_run(runs["adapter", seed]), config=config) for seed in range(5)]
+    notes = " ".join(compare_runs(ours, theirs, ["welch"], []).notes)
+    assert "the runs also differ in train.max_steps: None, 9" in notes
+    assert "split not recorded (hdscale 0.1): hyperdecoder0" in notes

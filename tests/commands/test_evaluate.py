@@ -62,8 +62,30 @@ def test_a_run_is_evaluated_and_resumed_after_an_interruption(run_folder, tmp_pa
     assert "accuracy" in printed and str(tmp_path)[:20] in printed
     done = len(batches)
     assert main(arguments) == 0 and len(batches) == done, "there is nothing left to decode"
-    assert main([*arguments, "--tasks", "pairs", "--limit", "3"]) == 0 and len(batches) == done + 2
-    assert json.loads((tmp_path / "results.test.json").read_text())["notes"]["pairs"]["rows"] == 3
+    sample = [*arguments, "--tasks", "pairs", "--limit", "3"]
+    assert main(sample) == 2 and len(batches) == done, "results of all rows are not replaced by those of a sample"
+    assert "has results of another limit (None, now 3)" in capsys.readouterr().err
+    assert main([*sample, "--overwrite"]) == 0 and len(batches) == done + 2
+    (score,) = json.loads((tmp_path / "results.test.json").read_text())["scores"]
+    assert (score["task"], score["split"], score["rows"], score["rows_in_split"]) == ("pairs", "test", 3, 7)
+
+
+def test_results_of_other_tasks_stay(run_folder, tmp_path):
+    arguments = ["evaluate", "--run", str(run_folder), "--output", str(tmp_path), "--tasks"]
+    assert main([*arguments, "squad"]) == 0 and main([*arguments, "pairs"]) == 0
+    found = json.loads((tmp_path / "results.test.json").read_text())
+    assert set(found["tasks"]) == {"squad", "pairs"} and len(found["scores"]) == 2
+    assert set(found["notes"]) == {"squad", "pairs"} and "in_domain_f1" in found
+
+
+def test_another_model_does_not_replace_results(run_folder, tmp_path, capsys):
+    arguments = ["--tasks", "pairs", "--output", str(tmp_path)]
+    assert main(["evaluate", "--run", str(run_folder), *arguments]) == 0
+    before = (tmp_path / "results.test.json").read_text()
+    other = shutil.copytree(run_folder, tmp_path / "other")
+    assert main(["evaluate", "--run", str(other), *arguments]) == 2
+    assert "has results of another model" in capsys.readouterr().err
+    assert (tmp_path / "results.test.json").read_text() == before
 
 
 def test_an_export_and_its_run_agree(run_folder, tmp_path):
@@ -217,7 +239,8 @@ def test_extractive_windows_cover_the_context(bert_folder, mrqa_data):
     loaded = Choice(model=str(bert_folder)).load(Choice(model=str(bert_folder)).config())
     assert loaded.extractive and SpanDecoder.decoding.max_new_tokens == MAX_ANSWER_TOKENS
     squad = get_task("squad", mrqa_data)
-    rows, examples = windows_of(squad, "test", loaded.tokenizer, mrqa_data, None)
+    rows, examples, total = windows_of(squad, "test", loaded.tokenizer, mrqa_data, None)
+    assert total == len({example.group for example in examples})
     covered: dict[str, set[int]] = {}
     for number, example in enumerate(examples):
         window = rows.row(number)

@@ -8,6 +8,7 @@ import json
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from hdscale.evaluation.evaluator import Evaluator
 from hdscale.evaluation.generation import Decoder, Decoding
 from hdscale.evaluation.predictor import Predictor
 from hdscale.evaluation.requests import BadRow, Request, parse, read_requests
-from hdscale.load import Choice
+from hdscale.load import Choice, Loaded
 
 TEXTS = [
     "the cat sat on the mat",
@@ -44,6 +45,7 @@ def predict_file(run_folder: Path, folder: Path, rows: list, *options: str, code
         "--output",
         str(target),
         "--quiet",
+        "--overwrite",
         *options,
     ]
     assert main(arguments) == code
@@ -253,7 +255,7 @@ def test_millions_of_rows_in_bounded_memory(monkeypatch):
 
 def predictor_of(choice: Choice, config: Config, **options) -> Predictor:
     loaded = choice.load(config)
-    return Predictor(loaded.model, loaded.tokenizer, loaded.task_ids, config.eval, config.data, **options)
+    return Predictor(loaded.model, loaded.tokenizer, config.eval, config.data, loaded.task_id, **options)
 
 
 def test_batches_are_halved_when_out_of_memory(run_folder, monkeypatch):
@@ -286,3 +288,26 @@ def test_labels_are_cut_and_free_text_is_not(run_folder, find_task):
     assert predictor.decoding(find_task("pairs")) == Decoding(longest, 3)
     assert predictor.decoding(None) == Decoding(6, 3)
     assert (predictor.task_id(find_task("squad")), predictor.task_id(None)) == (1, -1)
+
+
+def test_predictions_are_replaced_only_if_asked_to(run_folder, tmp_path, capsys):
+    predict_file(run_folder, tmp_path, [{"source": "cat one"}])
+    before = (tmp_path / "out.jsonl").read_text()
+    places = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert main(["predict", "--run", str(run_folder), *places]) == 2
+    assert "exists; replace it by --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text() == before
+    assert len(predict_file(run_folder, tmp_path, [{"source": "cat two"}, {"source": "dog"}])) == 2
+
+
+def test_a_task_that_the_model_does_not_know_is_refused() -> None:
+    conditioned = SimpleNamespace(method=SimpleNamespace(needs_tasks=True))
+    loaded = Loaded(conditioned, None, {"rte": 0, "cola": 1}, "v")
+    assert loaded.task_id("cola") == 1
+    for name, words in (("mnli", "does not know task mnli; it knows rte, cola"), (None, "does not know free text")):
+        with pytest.raises(UserError, match=words):
+            loaded.task_id(name)
+        assert loaded.task_id(name, unseen="mean") == -1
+    plain = Loaded(SimpleNamespace(method=SimpleNamespace(needs_tasks=False)), None, {"rte": 0}, "v")
+    assert plain.task_id("mnli") == -1, "it computes the same whatever the task"
+    assert Loaded(SimpleNamespace(), None, {}, "v").task_id("mnli") is None

@@ -120,6 +120,30 @@ def test_training_is_that_of_plain_torch(rank_pool, world_size, micro):
             assert torch.equal(found["weights"][name], parameter) != parameter.requires_grad, name
 
 
+@pytest.mark.parametrize("epsilon", ["corrected", "uncorrected"])
+def test_the_epsilon_of_adamw_is_the_one_that_is_set(rank_pool, epsilon):
+    """Gradients clipped to epsilon's size, where its place decides the update by a factor."""
+    steps, options = 6, {"gradient_clipping": 1e-7, "warmup_steps": 0, "max_steps": 100, "adam_epsilon": epsilon}
+    plain = ToyModel(dropout=0.0).double()
+    trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.02, weight_decay=0.0)
+    for step in range(steps):
+        loss_sum, tokens = plain(**global_batch(step))
+        (loss_sum / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(trained, options["gradient_clipping"])
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * (100 - step) / 100
+            group["eps"] = 1e-8 / (math.sqrt(1 - 0.999 ** (step + 1)) if epsilon == "uncorrected" else 1.0)
+        optimizer.step(), optimizer.zero_grad()
+    arguments = {"variants": [{"dropout": 0.0, **options}], "steps": steps, "micro": 3}
+    (found,) = rank_pool(1).run("tests.helpers.engine_jobs:train", arguments)[0]
+    start = dict(ToyModel().named_parameters())
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            moved, wanted = found["weights"][name] - start[name], parameter - start[name]
+            assert (moved - wanted).abs().max() <= 0.01 * wanted.abs().max(), name
+
+
 @pytest.mark.parametrize("stage", ZERO)
 def test_masters_start_with_the_exact_weights(rank_pool, stage):
     """Not with those that were rounded to bf16, which the forward pass uses."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdscale.data.batches import Row
+from hdscale.data.sample import sample_rows
 from hdscale.data.settings import DataSettings
-from hdscale.data.tasks import Example
+from hdscale.data.tasks import Example, get_task
 from hdscale.errors import UserError
 from hdscale.evaluation import evaluator as evaluator_module
 from hdscale.evaluation import generation
@@ -23,9 +25,11 @@ from hdscale.evaluation.generation import (
     Decoding,
     Prediction,
     global_batches,
+    log_of_rest,
     pad_sources,
     task_decoding,
 )
+from hdscale.evaluation.mrqa_protocol import best_answer
 from hdscale.evaluation.predictions import PredictionFiles, batch_line
 from hdscale.evaluation.settings import EvalSettings
 from hdscale.files import json_line
@@ -158,9 +162,23 @@ def test_a_limit_keeps_whole_questions(world, tmp_path):
     found = evaluate_job(SingleProcess(), [tasks["squad"]], data, str(tmp_path), limit=4)
     chunks = [json.loads(line) for line in (tmp_path / "squad.test.jsonl").read_text().splitlines()]
     every = [json.loads(line) for line in (folder / "squad.test.jsonl").read_text().splitlines()]
-    wanted = [chunk["id"] for chunk in every if chunk["question"] in {"q0", "q1", "q2", "q3"}]
-    assert [chunk["id"] for chunk in chunks] == wanted
-    assert found["notes"]["squad"]["rows"] == 4
+    questions = list(dict.fromkeys(chunk["question"] for chunk in every))
+    sample = {questions[number] for number in sample_rows(len(questions), 4)}
+    assert [chunk["id"] for chunk in chunks] == [chunk["id"] for chunk in every if chunk["question"] in sample]
+    notes = found["notes"]["squad"]
+    assert (notes["rows"], notes["rows_in_split"]) == (4, len(questions))
+
+
+def test_a_sample_is_the_same_at_one_and_three_ranks(rank_pool, world, tmp_path):
+    tasks, data, folder, whole = world
+    alone, together = str(tmp_path / "alone"), str(tmp_path / "together")
+    job = "tests.helpers.evaluation_jobs:evaluate_job"
+    for ranks, place in ((1, alone), (3, together)):
+        wanted = [tasks["squad"], tasks["labelled"]]
+        rank_pool(ranks).run(job, {"tasks": wanted, "data": data, "folder": place, "limit": 5})
+    for name in ("squad", "labelled"):
+        files = [(Path(place) / f"{name}.test.jsonl").read_bytes() for place in (alone, together)]
+        assert files[0] == files[1] and files[0]
 
 
 def test_batch_size_is_found_once_and_stored(world, tmp_path, monkeypatch):
@@ -209,12 +227,13 @@ class GpuDecoder:
 
 
 class Lines:
-    """Rows of 3, 10 and 7 tokens."""
+    """The first of rows of 3, 10 and 7 tokens."""
 
-    source_lengths = (3, 10, 7)
+    def __init__(self, count: int) -> None:
+        self.source_lengths = (3, 10, 7)[:count]
 
     def __len__(self) -> int:
-        return 3
+        return len(self.source_lengths)
 
     def row(self, number: int) -> Row:
         return Row([1] * self.source_lengths[number], [], 0, str(number), "t")
@@ -228,10 +247,10 @@ def gpu_evaluator(folder: Path) -> Evaluator:
 
 def test_the_batch_size_is_that_of_the_longest_row_with_the_longest_answer(tmp_path):
     decoder = GpuDecoder(capacity=40)
-    inputs = SplitInputs(Lines(), [Example("s", "t", "t", str(number)) for number in range(3)], decoder)
+    inputs = SplitInputs(Lines(3), [Example("s", "t", "t", str(number)) for number in range(3)], decoder, 3)
     assert gpu_evaluator(tmp_path).batch_size("t.test", inputs) == 32
     assert decoder.tried == [(size, 30) for size in (512, 256, 128, 64, 32)]
-    shorter = SplitInputs(Lines(), inputs.examples[:1], decoder)
+    shorter = SplitInputs(Lines(1), inputs.examples[:1], decoder, 1)
     decoder.tried.clear()
     assert gpu_evaluator(tmp_path).batch_size("t.first", shorter) == 32, "64 rows of 23 tokens do not fit"
     assert decoder.tried[-1] == (32, 23), "rows beyond the examples are not read"
@@ -240,7 +259,7 @@ def test_the_batch_size_is_that_of_the_longest_row_with_the_longest_answer(tmp_p
 def test_batch_sizes_of_version_0_1_are_read(tmp_path):
     (tmp_path / "batch_sizes.json").write_text(json.dumps({"t.test": 24}, indent=1))
     decoder = GpuDecoder(capacity=40)
-    inputs = SplitInputs(Lines(), [Example("s", "t", "t", "0")], decoder)
+    inputs = SplitInputs(Lines(1), [Example("s", "t", "t", "0")], decoder, 1)
     evaluator = gpu_evaluator(tmp_path)
     assert evaluator.batch_size("t.test", inputs) == 24 and not decoder.tried
     evaluator.batch_size("t.validation", inputs)
@@ -248,7 +267,7 @@ def test_batch_sizes_of_version_0_1_are_read(tmp_path):
 
 
 def test_no_memory_for_one_row(tmp_path):
-    inputs = SplitInputs(Lines(), [Example("s", "t", "t", "0")], GpuDecoder(capacity=0.5))
+    inputs = SplitInputs(Lines(1), [Example("s", "t", "t", "0")], GpuDecoder(capacity=0.5), 1)
     with pytest.raises(UserError, match="not one row"):
         gpu_evaluator(tmp_path).batch_size("t.test", inputs)
     assert not (tmp_path / "batch_sizes.json").exists()
@@ -269,8 +288,6 @@ def test_label_tasks_stop_at_their_longest_label(world):
 
 
 def test_summaries_have_their_own_beams_and_are_never_empty():
-    from hdscale.data.tasks import get_task
-
     for name, beams in (("xsum", 6), ("cnn_dailymail", 4), ("wiki_lingua", 4)):
         assert task_decoding(get_task(name), word_tokenizer(), EvalSettings(), 128) == Decoding(60, beams, 1)
 
@@ -306,6 +323,47 @@ def test_scores_are_summed_log_likelihoods_with_the_end_token():
     with torch.no_grad():
         empty = model.log_likelihood(*pad_sources([rows[0].input_ids], 0, "cpu"), torch.tensor([[1]]))
     assert empty.shape == (1,) and empty.item() < 0
+
+
+def test_without_empty_answers_the_first_token_is_chosen_and_scored_among_the_others():
+    """Against a loop in float64 that leaves </s> out of the first position's softmax."""
+    model, tokenizer = TinyModel().eval().double(), word_tokenizer()
+    rows = rows_of(["cat sat on mat", "who ran", "red red blue green far away dog", "where ?"])
+    with torch.no_grad():  # </s> so likely that some answers are empty
+        model.base.shared.weight[1] *= 3.0
+    squad = get_task("squad")
+    usual = task_decoding(squad, tokenizer, EvalSettings(), 8)
+    never = task_decoding(squad, tokenizer, EvalSettings(mrqa_empty=False), 8)
+    assert not usual.without_empty and never.without_empty and never.min_new_tokens == 1
+    assert "" in [found.text for found in Decoder(model, tokenizer, usual, scored=True)(rows, range(4))]
+    for row, prediction in zip(rows, Decoder(model, tokenizer, never, scored=True)(rows, range(4)), strict=True):
+        ids: list[int] = []
+        total = 0.0
+        while ids[-1:] != [1] and len(ids) < never.max_new_tokens:
+            logits = model.base(
+                input_ids=torch.tensor([row.input_ids]), decoder_input_ids=torch.tensor([[0, *ids]])
+            ).logits[0, -1]
+            if not ids:
+                logits[1] = -torch.inf
+            ids.append(int(logits.argmax()))
+            total += torch.log_softmax(logits, dim=-1)[ids[-1]].item()
+        assert prediction.tokens == len(ids) > 1
+        assert prediction.score == pytest.approx(total, abs=2e-4)
+
+
+def test_the_answer_of_two_chunks_with_and_without_empty_answers():
+    """A: P(</s>) .90, P(X) .09. B: P(Y) .50. Ours is Y; the release's is X, as .09 / .10 > .50."""
+    empty = torch.tensor([0.90, 0.0]).log()
+    chosen = torch.tensor([0.09, 0.50]).log().double()
+    ours = [{"prediction": "", "score": empty[0].item(), "tokens": 1}]
+    chunk_b = {"prediction": "Y", "score": chosen[1].item(), "tokens": 1}
+    assert best_answer([*ours, chunk_b]) == "Y"
+    released = (chosen - log_of_rest(empty)).tolist()
+    assert released[0] == pytest.approx(math.log(0.9), abs=1e-5)
+    assert (
+        best_answer([{"prediction": "X", "score": released[0], "tokens": 1}, {**chunk_b, "score": released[1]}]) == "X"
+    )
+    assert log_of_rest(torch.tensor([0.0])).isfinite().all()
 
 
 def test_sources_are_padded_on_the_right_and_masked_by_length():

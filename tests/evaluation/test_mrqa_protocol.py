@@ -56,13 +56,6 @@ def test_chunks_of_a_question_may_lie_apart():
     assert [question.references for question in questions.values()] == [("a",), ("b",)]
 
 
-def test_the_chunks_of_the_first_questions():
-    chunks = parts(["a", "a", "b", "c", "c"])
-    assert [protocol.first_questions(chunks, limit) for limit in (0, 1, 2, 3, 9)] == [0, 2, 3, 5, 5]
-    with pytest.raises(ValueError, match="example 0 of task t is not a chunk"):
-        protocol.first_questions([Example("s", "t", "t", "0")], 1)
-
-
 def test_official_files_go_there_and_back(tmp_path):
     answers = {"q0": "cat", "q0~2": "dog ß 😀", "q1": ""}
     protocol.write_official(answers, tmp_path / "p.json")

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from hdscale.bases.settings import ModelSettings
+from hdscale.errors import UserError
 from hdscale.modeling import build_model
 from hdscale.modeling.convert import convert_state
 from tests.helpers.adapted import (
+    VOCABULARY,
     direct_logits,
     double_model,
     method_config,
@@ -19,6 +21,7 @@ from tests.helpers.adapted import (
     tiny_base,
 )
 from tests.helpers.direct_t5 import Hooks
+from tests.helpers.tiny import save_tiny_t5
 
 CLOSE = 3e-6
 """T5's layer norm takes its variance in float32 whatever the model's type."""
@@ -294,3 +297,30 @@ def test_label_smoothing_is_that_of_the_release(base_v1_1):
     model.label_smoothing = 0.1
     expected = (0.9 * nll + 0.1 * -logits.mean(dim=-1)).sum()
     assert float(model(**batch).loss_sum.detach()) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_a_released_checkpoint_of_another_base_is_refused(base_v1_1, tmp_path):
+    """Of the same shapes, so that nothing but the values tells them apart: it would be decoded on the wrong weights."""
+    from hdscale.modeling.convert import convert_checkpoint
+
+    other = save_tiny_t5(tmp_path / "other", vocabulary=VOCABULARY, seed=99)
+    torch.save(released_state(base_v1_1), tmp_path / "released.bin")
+    arguments = (tmp_path / "released.bin", tmp_path / "export")
+    convert_checkpoint(*arguments, ModelSettings(str(base_v1_1)), None, False)
+    with pytest.raises(UserError, match="differs from that of base '.*other', so it was trained on another base"):
+        convert_checkpoint(*arguments, ModelSettings(str(other)), None, False)
+
+
+def test_released_task_embeddings(base_v1_1):
+    """The release's names of tasks become the package's, and its last row, which is never trained, is left out."""
+    state = released_state(base_v1_1)
+    for name in [name for name in state if ".mlp." in name]:
+        del state[name]
+    state["decoder.adapter_task_embedding.weight"] = torch.randn(4, 32)
+    state["decoder.param_gen.decoder.linear1.weight"] = torch.randn(7, 42)
+    config, trainables = convert_state(state, ModelSettings(str(base_v1_1)), ["SQuAD", "HotpotQA", "wiki_lingua"])
+    assert config.tasks == ["squad", "hotpotqa", "wiki_lingua"]
+    kept = trainables["method.decoder.task_embedding.weight"]
+    assert torch.equal(kept, state["decoder.adapter_task_embedding.weight"][:3])
+    with pytest.raises(UserError, match="--tasks names 2 tasks, the state dict has embeddings of 4"):
+        convert_state(state, ModelSettings(str(base_v1_1)), ["SQuAD", "HotpotQA"])

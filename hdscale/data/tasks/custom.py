@@ -19,7 +19,7 @@ DEFAULT_METRICS = {
 }
 KEYS = (
     "name kind files header repo config revision splits source target labels step bounds references id may_be_empty "
-    "metrics decoding"
+    "metrics decoding rouge_tokenizer"
 ).split()
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -60,6 +60,7 @@ def task_from_mapping(declaration: Mapping[str, Any], name: str | None = None) -
         references=None if references is None else str(references),
         id=None if declaration.get("id") is None else str(declaration["id"]),
         may_be_empty=texts(declaration, "may_be_empty", where),
+        rouge_tokenizer=read_rouge_tokenizer(declaration, where),
         decoding=read_decoding(declaration.get("decoding"), where),
         repo=repo,
         configs=tuple(map(str, texts(declaration, "config", where) or ("default", "data", ""))),
@@ -207,6 +208,14 @@ def read_labels(declaration: Mapping[str, Any], kind: str, where: str) -> tuple[
     if len(set(labels)) != len(labels):
         raise UserError(f"{where}: 'labels' names one twice: {', '.join(labels)}")
     return labels, None
+
+
+def read_rouge_tokenizer(declaration: Mapping[str, Any], where: str) -> str:
+    """The key `rouge_tokenizer`."""
+    chosen = str(declaration.get("rouge_tokenizer", "latin"))
+    if chosen not in ("latin", "unicode"):
+        raise UserError(f"{where}: 'rouge_tokenizer' must be latin or unicode, not '{chosen}'")
+    return chosen
 
 
 def read_decoding(declared: Any, where: str) -> DecodingLimits:

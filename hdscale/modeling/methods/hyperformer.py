@@ -88,7 +88,10 @@ class NormedAdapterHeads(nn.Module):
 
 
 class CodeNetwork(nn.Module):
-    """Turns the embeddings of task, layer and (in `++`) place into a code: Linear, ReLU, Linear, LayerNorm."""
+    """Turns the embeddings of task, layer and (in `++`) place into a code: Linear, ReLU, Linear, LayerNorm.
+
+    Weights of the Linears N(0, 0.01²), biases 0, as in its authors' code.
+    """
 
     def __init__(self, layers: int, embedding: int, hidden: int, places: bool) -> None:
         super().__init__()
@@ -100,6 +103,10 @@ class CodeNetwork(nn.Module):
             nn.Linear(hidden, embedding),
             nn.LayerNorm(embedding, eps=CODE_NORM_EPS),
         )
+        for linear in self.network:
+            if isinstance(linear, nn.Linear):
+                nn.init.normal_(linear.weight, std=INIT_STD)
+                nn.init.zeros_(linear.bias)
 
     def forward(self, tasks: Tensor) -> Tensor:
         """tasks [M, embedding] -> codes [N, places or 1, M, embedding]."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
+from hdscale.modeling import build_model
 from tests.helpers.adapted import (
     direct_logits,
     double_model,
@@ -377,3 +378,19 @@ def test_attention_pooling_starts_as_the_mean(base):
     attention.method.encoder.load_state_dict(mean.method.encoder.state_dict())
     batch = random_batch()
     assert relative_error(model_logits(attention.eval(), batch), model_logits(mean.eval(), batch)) < CLOSE
+
+
+@pytest.mark.parametrize("name", ["hyperformer", "hyperformer++"])
+def test_hyperformer_starts_as_its_authors_code_does(base, name):
+    """Every Linear of the code network: N(0, 0.01²), bias 0. PyTorch's default has five times the spread."""
+    model = build_model(method_config(base, name, hyperformer__dim=8, hyperformer__hidden=128))
+    linears = [
+        module
+        for network in model.method.modules()
+        if type(network).__name__ == "CodeNetwork"
+        for module in network.network
+        if isinstance(module, torch.nn.Linear)
+    ]
+    assert linears and all(not linear.bias.any() for linear in linears)
+    spread = torch.cat([linear.weight.flatten() for linear in linears])
+    assert abs(float(spread.std()) - 0.01) < 1e-3 and abs(float(spread.mean())) < 1e-3

@@ -18,7 +18,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,7 +59,7 @@ def paths_of(task: Task, origin: str, settings: DataSettings) -> list[Path]:
     )
 
 
-def questions(task: Task, split: str, settings: DataSettings, limit: int | None = None) -> Iterator[Question]:
+def questions(task: Task, split: str, settings: DataSettings) -> Iterator[Question]:
     """The split's questions in the order of its files, repeats left out.
 
     Raises:
@@ -71,14 +70,13 @@ def questions(task: Task, split: str, settings: DataSettings, limit: int | None 
     if task.splits[split].part != "all":
         chosen = task.splits[split].select(sum(1 for _ in read_paths(task, split, settings)))
         keep = None if chosen is None else set(chosen.tolist())
-    found = (
+    return (
         question
         for number, (where, context, qa) in enumerate(read_paths(task, split, settings))
         if keep is None or number in keep
         for question in [make_question(task, where, context, qa, seen)]
         if question is not None
     )
-    return islice(found, limit)
 
 
 def split_paths(task: Task, split: str, settings: DataSettings) -> list[Path]:

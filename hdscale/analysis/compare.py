@@ -106,18 +106,15 @@ def comparison_table(
     for test in tests:
         header += [f"p, {TEST_NAMES[test]}", "corrected"]
     notes = [
-        f"{first[0].split} scores, mean ± standard deviation over {len(first)} and {len(second)} runs",
-        *rows_note(first[0]),
+        f"mean ± standard deviation over {len(first)} and {len(second)} runs",
+        *(
+            f"{method_name(runs)}: {'; '.join(dict.fromkeys(run.described for run in runs))}"
+            for runs in (first, second)
+        ),
         "corrected: Holm's method, over the metrics as one family and the averages as another",
         f"* corrected p < {SIGNIFICANT} in every test shown",
     ]
     return TextTable(f"{method_name(first)} against {method_name(second)}", header, rows, notes)
-
-
-def rows_note(run: RunResult) -> list[str]:
-    """Which tasks are scored on a sample of their rows."""
-    samples = [f"{task} {score.rows_shown}" for task, score in run.scores.items() if score.rows < score.rows_in_split]
-    return [f"samples of rows: {', '.join(samples)}"] if samples else []
 
 
 def spread(scores: Sequence[float]) -> str:

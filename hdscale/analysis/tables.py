@@ -10,7 +10,7 @@ from hdscale.analysis.formats import TextTable
 from hdscale.analysis.paper import Column, PaperRow, PaperTable, config_path, paper_table, paper_tables
 from hdscale.config import yaml_with_bases
 from hdscale.errors import UserError
-from hdscale.runs.results import UNRECORDED, RunResult
+from hdscale.runs.results import RunResult
 
 MISSING = "–"
 
@@ -68,25 +68,13 @@ def beside_the_paper(table: PaperTable, runs: Sequence[RunResult]) -> TextTable:
             count = "1 run" if len(own) == 1 else f"{len(own)} runs"
             shares = sorted({f"{run.percent:.2f}%" for run in own})
             scores = ([score_of(run, column) for run in own] for column in table.columns)
-            marks = "".join(noted(note) for note in notes_of(own))
-            rows.append([row.name + marks, f"here, {count}, {own[0].split}", "/".join(shares), *map(cell, scores)])
+            marks = noted("; ".join(dict.fromkeys(run.described for run in own)))
+            split = own[0].split if all(run.recorded for run in own) else "split not recorded"
+            rows.append([row.name + marks, f"here, {count}, {split}", "/".join(shares), *map(cell, scores)])
     notes += [f"[{number}] {note}" for number, note in enumerate(numbered, 1)]
     header = ["Model", "source", "trainable", *(column.header for column in table.columns)]
     name = f"Table {table.key.removeprefix('table')}: {table.title}"
     return TextTable(name, header, rows, notes)
-
-
-def notes_of(runs: Sequence[RunResult]) -> list[str]:
-    """What a reader must know of these runs' scores: samples of rows, and files that do not say what they are."""
-    notes = []
-    samples = [
-        f"{task} {score.rows_shown} rows" for task, score in runs[0].scores.items() if score.rows < score.rows_in_split
-    ]
-    if samples:
-        notes.append(f"samples: {', '.join(samples)}")
-    if not all(run.recorded for run in runs):
-        notes.append(UNRECORDED)
-    return notes
 
 
 def own_table(runs: Sequence[RunResult]) -> TextTable:
@@ -98,9 +86,10 @@ def own_table(runs: Sequence[RunResult]) -> TextTable:
     for run in runs:
         scores = [cell([run.tasks.get(task, {}).get(metric)]) for task, metric in columns]
         average = cell([run.averages.get("average")])
-        marked = "; ".join([run.split, *notes_of([run])])
-        rows.append([run.name, marked, run.config["method"]["name"], f"{run.percent:.2f}%", *scores, average])
-    header = ["run", "split", "method", "trainable", *(f"{task} {metric}" for task, metric in columns), "average"]
+        if len({frozenset(other.tasks) for other in runs}) > 1:
+            average += f" ({len(run.tasks)} task{'s' * (len(run.tasks) > 1)})"
+        rows.append([run.name, run.described, run.config["method"]["name"], f"{run.percent:.2f}%", *scores, average])
+    header = ["run", "scores of", "method", "trainable", *(f"{task} {metric}" for task, metric in columns), "average"]
     return TextTable("Runs", header, rows)
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from hdscale.errors import UserError
 from hdscale.runs.folder import CLASSIFIER, RESULTS
-from hdscale.runs.scores import Score, task_score
+from hdscale.runs.scores import Score, described, task_score
 
 RESULTS_FORMAT = 2
 """Version of `results.json` (docs/results.md). That of hdscale 0.1 has none: it does not say of which split, step and
@@ -47,6 +47,11 @@ class RunResult:
     def recorded(self) -> bool:
         """Whether the file says of which split its scores are (that of hdscale 0.1 does not)."""
         return bool(self.scores)
+
+    @property
+    def described(self) -> str:
+        """What the scores are of: `test, step 600 (best), 300 rows per task`, or that the file does not say it."""
+        return described(list(self.scores.values())) if self.recorded else UNRECORDED
 
 
 AVERAGES = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -48,6 +48,23 @@ class Score:
     def source_shown(self) -> str:
         """`test at step 600 (best)`: what the score was computed on, and by which weights."""
         return self.split if self.step is None else f"{self.split} at step {self.step:,} ({self.selection})"
+
+
+def described(scores: Sequence[Score]) -> str:
+    """What the scores of a run are of, on one line: `test, step 600 (best), 300 rows per task`."""
+    parts = list(dict.fromkeys(score.split for score in scores))
+    steps = sorted({score.step for score in scores if score.step is not None})
+    if steps:
+        chosen = "/".join(dict.fromkeys(score.selection for score in scores))
+        parts.append(f"step{'s' * (len(steps) > 1)} {', '.join(f'{step:,}' for step in steps)} ({chosen})")
+    tasks: dict[str, list[str]] = {}
+    for score in scores:
+        tasks.setdefault(score.rows_shown, []).append(score.task)
+    if len(tasks) == 1:
+        parts.append(f"{next(iter(tasks))} rows{' per task' * (len(scores) > 1)}")
+    else:
+        parts += [f"{rows} rows of {' and '.join(names)}" for rows, names in tasks.items()]
+    return ", ".join(parts)
 
 
 def metrics_of(scores: Iterable[Score], split: str) -> Metrics:

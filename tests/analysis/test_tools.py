@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from hdscale.analysis.compare import compare_runs, comparison_table
 from hdscale.analysis.embeddings import Embedded, colourings, draw, project
 from hdscale.analysis.formats import TextTable, escape_latex, render
 from hdscale.analysis.options import ClassifierOptions
+from hdscale.analysis.tables import tables_of
 from hdscale.commands.cli import main
 from hdscale.config import Config, to_dict
 from hdscale.data.sample import sample_rows
@@ -122,7 +124,7 @@ def test_tables_put_runs_beside_the_paper(tmp_path, capsys):
     printed = capsys.readouterr().out
     rows = [row for row in csv.reader(printed.splitlines()) if row]
     header = next(row for row in rows if "CoLA" in row)
-    own = next(row for row in rows if "here, 2 runs, test" in row and len(row) == len(header))
+    own = next(row for row in rows if "here, 2 runs, split not recorded" in row and len(row) == len(header))
     assert own[0].startswith("Hyperdecoder (ours) [")  # the note that a file of 0.1 does not say the split
     found = dict(zip(header, own, strict=True))
     assert (found["RTE"], found["CoLA"], found["Avg"], found["SST-2"]) == (
@@ -141,7 +143,7 @@ def test_tables_put_runs_beside_the_paper(tmp_path, capsys):
         "# Table 9",
         "# Table 13",
     ]
-    assert any(row[1:2] == ["here, 2 runs, test"] and row[-1] == "74.5" for row in rows)
+    assert any(row[1:2] == ["here, 2 runs, split not recorded"] and row[-1] == "74.5" for row in rows)
 
 
 def test_reported_rows_are_marked(capsys):
@@ -164,7 +166,7 @@ def test_tables_of_other_runs(tmp_path, capsys):
         )
         == 0
     )
-    assert r"mine & test; split not recorded (hdscale 0.1) & hyperdecoder & 2.87\% & 61.2 & 61.2 \\" in out.read_text()
+    assert r"mine & split not recorded (hdscale 0.1) & hyperdecoder & 2.87\% & 61.2 & 61.2 \\" in out.read_text()
     (tmp_path / "mine" / "results.json").write_text("{")
     assert main(["analyze", "tables", "--runs", str(tmp_path)]) == 2
     assert "not the results of a run" in capsys.readouterr().err
@@ -337,6 +339,23 @@ def test_scores_of_other_rows_are_not_compared(tmp_path):
     sample = write_run(tmp_path / "sample", "sample", 2, {}, "adapter", scores=scored(60), **more)
     with pytest.raises(UserError, match="rte test: 60 of 277 rows in .*sample, 277 in .*full"):
         compare_runs([read_run(full)] * 2, [read_run(sample)] * 2, ["welch"], [])
+
+
+def test_every_table_says_what_its_scores_are_of(tmp_path: Path) -> None:
+    second = {**scored(150)[0], "task": "cola", "metrics": {"matthews": 40.0}}
+    tasks = {"rte": {"accuracy": 70.0}, "cola": {"matthews": 40.0}}
+    both = write_run(tmp_path / "both", "table1_hyperdecoder", 1, tasks, scores=[*scored(60), second], format=2)
+    one = write_run(tmp_path / "one", "one", 2, {"rte": {"accuracy": 70.0}}, scores=scored(277), format=2)
+    runs = [read_run(both), read_run(one)]
+    of_both = "test, step 9 (best), 60 of 277 rows of rte, 150 of 277 rows of cola"
+    (own,) = tables_of(runs, ["runs"])
+    assert own.header[1] == "scores of"
+    assert [row[1] for row in own.rows] == [of_both, "test, step 9 (best), 277 rows"]
+    assert [row[-1].split(" ", 1)[1] for row in own.rows] == ["(2 tasks)", "(1 task)"]
+    (paper,) = tables_of(runs, ["1"])
+    assert any(row[1] == "here, 1 run, test" for row in paper.rows) and f"[1] {of_both}" in " ".join(paper.notes)
+    compared = compare_runs([read_run(one)] * 2, [read_run(one)] * 2, ["welch"], [])
+    assert sum("test, step 9 (best), 277 rows" in note for note in compared.notes) == 2
 
 
 def test_other_differences_and_unrecorded_splits_are_named(runs, tmp_path):

@@ -154,9 +154,10 @@ def table_of(found: dict[str, RunStatus], rows: list[RunRow]) -> str:
         if row is None:
             note = html.escape(status.note or f"step {status.step}")
             kind = "failed" if status.state == "failed" else ""
-            cells = f'<td colspan="{len(COLUMNS)}" class="{kind}">{html.escape(status.state)}: {note}</td>'
+            cells = f'<td colspan="{len(COLUMNS) + 1}" class="{kind}">{html.escape(status.state)}: {note}</td>'
         else:
             links += [link(f"{folder}/{RESULTS}", "results"), link(f"{folder}/{METRICS}", "metrics")]
             cells = "".join(number_cell(read(row), form) for _, read, form in COLUMNS)
+            cells += f"<td>{html.escape(row.scores_of)}</td>"
         lines.append(f"<td>{html.escape(name)}</td>{cells}<td>{' '.join(links)}</td>")
-    return table(["<th>run</th>", *header, "<th>files</th>"], lines)
+    return table(["<th>run</th>", *header, "<th>scores of</th>", "<th>files</th>"], lines)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hdscale.runs.folder import METRICS
-from hdscale.runs.scores import task_score
+from hdscale.runs.results import UNRECORDED, scores_of
+from hdscale.runs.scores import described, task_score
 from hdscale.study.store import Store, read_lines
 
 TAIL = 0.1
@@ -25,6 +26,7 @@ class RunRow:
         name: of the run. point: {axis: point}. method: name of the method.
         parameters: of the base. trainable: of the method. percent: trainable share.
         split: whose scores these are: test, or validation where a run has no test scores.
+        scores_of: split, step, selection and rows of the scores, in words.
         average: score on that split, x100. error: 100 - average. loss: mean training loss at the end (nats per token).
         samples: training rows seen. tokens: source and target tokens seen. seconds: of training.
         devices: ranks. device_hours: ranks times hours of training. samples_per_second: of training.
@@ -58,6 +60,7 @@ class RunRow:
     planned_samples_per_second: float | None = None
     planned_memory_gb: float | None = None
     split: str = "test"
+    scores_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def row_of(store: Store, name: str, run: dict[str, Any], results: dict[str, Any]
     provenance = results.get("provenance", {})
     devices = int(provenance.get("world_size") or 1)
     forecast = predict(run["config"], results) if predict else Forecast()
-    split = split_of(results)
+    split, scores = split_of(results), scores_of(results)
     average = number(results.get("average" if split == "test" else "validation_average"))
     return RunRow(
         name=name,
@@ -140,6 +143,7 @@ def row_of(store: Store, name: str, run: dict[str, Any], results: dict[str, Any]
         planned_samples_per_second=forecast.planned_samples_per_second,
         planned_memory_gb=forecast.planned_memory_gb,
         split=split,
+        scores_of=described([score for score in scores if score.split == split]) if "format" in results else UNRECORDED,
     )
 
 

@@ -154,6 +154,25 @@ def test_answers_and_summaries_are_compared_by_the_metric_of_the_averages(tmp_pa
     assert [row.common_error for row in read_rows(store)] == [100 - (80 + 20) / 2]
 
 
+def test_the_report_says_of_each_run_what_its_scores_are_of(tmp_path):
+    axes = {"tasks": {"one": {"data.tasks": ["rte"]}, "two": {"data.tasks": ["cola"]}, "old": {"data.tasks": ["mrpc"]}}}
+    study = load_study(write_study(tmp_path, axes=axes, set=None))
+    store = Store(study.folder)
+    store.open(study)
+    finish(store, study)
+    for run, split in zip(study.runs[:2], ("test", "validation"), strict=True):
+        score = {"task": "rte", "split": split, "metrics": {"accuracy": 60.0}, "step": 9, "selection": "best",
+                 "rows": 60, "rows_in_split": 277}  # fmt: skip
+        path = store.run_folder(run.name) / "results.json"
+        tasks = {"tasks": {"rte": {"accuracy": 60.0}} if split == "test" else {}, "validation_average": 60.0}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **tasks, "format": 2, "scores": [score]}))
+    page = write_report(store).read_text()
+    assert "<td>test, step 9 (best), 60 of 277 rows</td>" in page
+    assert "<td>validation, step 9 (best), 60 of 277 rows</td>" in page
+    assert "<td>split not recorded (hdscale 0.1)</td>" in page
+    assert "Not comparable: these runs have validation scores only" in page
+
+
 def test_pareto_front():
     costs, scores = [1.0, 2.0, 3.0, 3.0, 0.5], [50.0, 40.0, 60.0, 70.0, 50.0]
     assert pareto(costs, scores) == [4, 3]

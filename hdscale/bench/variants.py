@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from hdscale.bases.blocks import AdaptedBlock
 from hdscale.bases.interface import Adaptation
 from hdscale.bases.settings import ModelSettings
-from hdscale.data.batches import Row, collate
+from hdscale.data.batches import IGNORED, Row, collate
 from hdscale.data.micro_batches import deal
 from hdscale.modeling import HyperdecoderConfig, build_model
 from hdscale.modeling.model import AdaptedModel, Encoded
@@ -172,7 +172,7 @@ class Variant:
         ).last_hidden_state
         logits = base.lm_head(hidden)
         return F.cross_entropy(
-            logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
+            logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
 

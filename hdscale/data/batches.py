@@ -23,13 +23,23 @@ class Row(NamedTuple):
     task: str
 
 
-def pad_rows(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    """Rows of numbers as one int64 tensor [B, longest], shorter rows filled up with `value` on the right."""
-    filled = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+def pad_rows(rows: Sequence[Sequence[int]], value: int, multiple: int = 1) -> torch.Tensor:
+    """Rows of numbers as one int64 tensor [B, longest], shorter rows filled up with `value` on the right.
+
+    Args:
+        multiple: the longest is rounded up to a multiple of this.
+    """
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    filled = np.full((len(rows), width), value, dtype=np.int64)
     # row by row: one list of lists takes torch ten times as long
     for place, row in zip(filled, rows, strict=True):
         place[: len(row)] = row
     return torch.from_numpy(filled)
+
+
+def mask_of(rows: Sequence[Sequence[int]], width: int) -> torch.Tensor:
+    """Where rows padded on the right to `width` have numbers of their own: bool [B, width]."""
+    return torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
 
 
 def collate(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:
@@ -47,19 +57,9 @@ def collate(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> dict[str, to
         of the L source tokens among the B * S, and `target_positions` [M], of the M labels among the B * T.
     """
 
-    def padded(sequences: list[list[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids, where they are)."""
-        lengths = np.array([len(ids) for ids in sequences])
-        width = -(-int(lengths.max()) // multiple) * multiple
-        real = np.arange(width) < lengths[:, None]
-        # row by row: one list of lists takes torch ten times as long
-        filled = np.full(real.shape, filler, dtype=np.int64)
-        for place, ids in zip(filled, sequences, strict=True):
-            place[: len(ids)] = ids
-        return torch.from_numpy(filled), torch.from_numpy(real)
-
-    input_ids, mask = padded([row.input_ids for row in rows], pad_id)
-    labels, _ = padded([row.labels for row in rows], IGNORED)
+    input_ids = pad_rows([row.input_ids for row in rows], pad_id, multiple)
+    labels = pad_rows([row.labels for row in rows], IGNORED, multiple)
+    mask = mask_of([row.input_ids for row in rows], input_ids.shape[1])
     return {
         "input_ids": input_ids,
         "attention_mask": mask.long(),

@@ -20,11 +20,11 @@ def deal(
     the same number of micro-batches (ZeRO reduces gradients at each backward pass).
 
     Args:
-        rows: the global batch, at least one row a rank and a multiple of the ranks.
+        rows: the global batch, at least one row per rank, and a multiple of the number of ranks.
         micro_batch_size: most rows of one micro-batch; None: all of a rank's rows in one.
         sort_by_length: by source, then target, longest first; otherwise in the batch's own order.
-        tokens_per_micro_batch: most tokens of one micro-batch, padding included (a row that is longer stands alone):
-            few micro-batches of many short rows and more of few long ones, each about equally much work. None: all of
+        tokens_per_micro_batch: most tokens of one micro-batch, padding included (a longer row is a micro-batch of its
+            own): few micro-batches of many short rows and more of few long ones, each about equally much work. None: all of
             equally many rows, to within one.
 
     Returns:

@@ -29,7 +29,7 @@ def convert_pickled(folder: Path, names: Sequence[str]) -> list[str]:
         Names of the files written.
 
     Raises:
-        UserError: a file holds anything but tensors by name, or there is no room.
+        UserError: a file holds anything but tensors by name, or the disk is full.
     """
     tensors: dict[str, Any] = {}
     for name in names:

@@ -69,7 +69,7 @@ def load_tokenizer(name: str | None, revision: str | None = None) -> Any:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of what decides how a tokenizer cuts text: not where it lies, nor how it was last called."""
+    """SHA-256 of what decides how a tokenizer cuts text: not its folder, nor how it was last called."""
     known = _FINGERPRINTS.get(tokenizer)
     # half a second for a large vocabulary, and asked for by every split
     if known and known[0] == len(tokenizer):

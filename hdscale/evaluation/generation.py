@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdscale.data.batches import IGNORED, pad_rows
+from hdscale.data.batches import IGNORED, mask_of, pad_rows
 from hdscale.data.tasks import Task
 from hdscale.errors import UserError
 from hdscale.evaluation.settings import EvalSettings
@@ -274,8 +274,8 @@ def global_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 def pad_sources(sources: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """(input_ids, attention_mask), both int64 [B, S], of lists of token ids padded on the right."""
-    mask = pad_rows([[1] * len(ids) for ids in sources], 0)
-    return pad_rows(sources, pad_id).to(device), mask.to(device)
+    input_ids = pad_rows(sources, pad_id)
+    return input_ids.to(device), mask_of(sources, input_ids.shape[1]).long().to(device)
 
 
 def tokens_kept(generated: Tensor, eos_id: int, pad_id: int) -> Tensor:

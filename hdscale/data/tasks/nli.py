@@ -1,4 +1,4 @@
-"""Abductive and adversarial NLI (Section 3.1.3, Table 12); MNLI stands with GLUE."""
+"""Abductive and adversarial NLI (Section 3.1.3, Table 12); MNLI is among the GLUE tasks."""
 
 from __future__ import annotations
 

@@ -8,9 +8,8 @@ How oddities are handled:
 - a prompt that leaves less than a quarter of the window to the context loses the end of its question;
 - the overlap is at most half of what the window leaves to the context, so that every window moves on;
 - an empty context gives one window with the prompt alone;
-- an answer across a window's border is not found in it. One of up to `overlap` tokens lies whole in a
-  neighbour; a longer one that is in no window gets, in training only, an additional window, if it fits
-  one.
+- an answer across a window's border is not found in it. If it has at most `overlap` tokens, a neighbouring window has
+  all of it; a longer one that no window has gets, in training only, a window of its own, if it fits into one.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def deal(
         micro_batch_size: most rows of one micro-batch; None: all of a rank's rows in one.
         sort_by_length: by source, then target, longest first; otherwise in the batch's own order.
         tokens_per_micro_batch: most tokens of one micro-batch, padding included (a longer row is a micro-batch of its
-            own): few micro-batches of many short rows and more of few long ones, each about equally much work. None: all of
-            equally many rows, to within one.
+            own): few micro-batches of many short rows and more of few long ones, each about equally much work. None:
+            all of equally many rows, to within one.
 
     Returns:
         [rank][micro-batch] -> rows.

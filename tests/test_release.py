@@ -14,9 +14,9 @@ import torch
 
 from hdscale.modeling import build_model
 from tests.helpers.adapted import SIZES, direct_logits, method_config, random_batch, tiny_base
+from tests.helpers.direct_hyperdecoder import Parallel, embedding, generated, learned
 from tests.helpers.ranks import RankPool
 from tests.helpers.release_jobs import STEPS, WARMUP
-from tests.modeling.test_equations import Parallel, embedding, generated, learned
 
 JOB = "tests.helpers.release_jobs:train"
 RATE, BETAS, EPSILON, CLIP, SMOOTHING = 3e-4, (0.9, 0.999), 1e-8, 1.0, 0.1

@@ -292,6 +292,13 @@ def test_summaries_have_their_own_beams_and_are_never_empty():
         assert task_decoding(get_task(name), word_tokenizer(), EvalSettings(), 128) == Decoding(60, beams, 1)
 
 
+def test_the_release_counts_the_start_token_among_a_predictions_tokens(world):
+    settings = EvalSettings(count_start_token=True)
+    tasks = [get_task("xsum"), get_task("squad"), world[0]["labelled"]]
+    found = [task_decoding(task, word_tokenizer(), settings, 128).max_new_tokens for task in tasks]
+    assert found == [59, 63, 1]
+
+
 def rows_of(texts: list[str]) -> list:
     tokenizer = word_tokenizer()
     return [Row(tokenizer(text).input_ids, [1], 0, f"r{number}", "t") for number, text in enumerate(texts)]

@@ -1,4 +1,4 @@
-"""`results.json` written, read and printed; `hdscale.evaluation.summary` puts together what it holds."""
+"""`results.json` read and printed; `hdscale.evaluation.summary` puts together what it holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, whether it may be continued, and who holds it."""
+"""The folder of a run: what it holds, whether it may be continued, and who holds it."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class RunFolder:
             return None
 
     def best_folder(self, step: int) -> Path:
-        """Where the export of a best step lies."""
+        """The folder of the export of a best step."""
         return self.best / f"step_{step:08d}"
 
     def prune_best(self, keep: set[int]) -> None:

@@ -4,7 +4,7 @@ Order: defaults < YAML file (which may inherit another by `base: other.yaml`) < 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, cast
@@ -54,14 +54,19 @@ RELEASE: dict[str, Any] = {
 """What `release: true` sets: the choices of the paper's release, each of which other settings may override."""
 
 
+Layer = tuple[DictConfig, str]
+"""Some keys, and where they come from, for messages."""
+
+
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
     """The configuration of a YAML file and of `key=value` overrides, checked.
 
     Raises:
         UserError: for a missing file, an unknown key (naming the nearest), or a value that its field does not allow.
     """
-    layers = [(yaml_with_bases(path), str(path))] if path else []
-    for override in overrides or []:
+    layers = yaml_layers(path) if path else []
+    # `release` comes first, under all other overrides
+    for override in sorted(overrides or [], key=lambda override: not override.startswith("release=")):
         key, separator, _ = override.partition("=")
         if not separator or not key:
             raise UserError(f"'{override}' is not key=value; write for example train.max_steps=100")
@@ -70,12 +75,22 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"'{override}' cannot be read: {one_line(error)}") from error
         layers.append((parsed, f"command line ({override})"))
+    return to_config(merge_layers(layers))
+
+
+def merge_layers(layers: Sequence[Layer]) -> DictConfig:
+    """The defaults with layers of keys over them, later ones over earlier ones.
+
+    `release: true` sets `RELEASE` over all that comes before its layer; that layer's other keys, and later layers, come
+    over it. Only the last layer that has the key counts.
+    """
     node = OmegaConf.structured(Config)
-    if [layer.release for layer, _ in layers if "release" in layer][-1:] == [True]:
-        node = merge(node, OmegaConf.create(RELEASE), "release")
-    for layer, origin in layers:
+    deciding = [number for number, (layer, _) in enumerate(layers) if "release" in layer][-1:]
+    for number, (layer, origin) in enumerate(layers):
+        if [number] == deciding and str(layer.release).lower() == "true":
+            node = merge(node, OmegaConf.create(RELEASE), "release")
         node = merge(node, layer, origin)
-    return to_config(node)
+    return node
 
 
 def config_from_dict(tree: Mapping[str, Any] | DictConfig, origin: str) -> Config:
@@ -144,8 +159,8 @@ def walk_fields(settings: Any = Config, prefix: str = "") -> list[tuple[str, dat
     return rows
 
 
-def yaml_with_bases(path: str | Path, seen: tuple[Path, ...] = ()) -> DictConfig:
-    """A YAML file over the file that its `base:` names (relative to itself), and so on."""
+def yaml_layers(path: str | Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
+    """A YAML file, and before it the file that its `base:` names (relative to itself), and so on."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no configuration file {path}; see configs/ for those that ship")
@@ -158,9 +173,13 @@ def yaml_with_bases(path: str | Path, seen: tuple[Path, ...] = ()) -> DictConfig
     if not isinstance(layer, DictConfig):
         raise UserError(f"{path}: must be a mapping of keys")
     base = layer.pop("base", None)
-    if base is None:
-        return layer
-    return cast(DictConfig, OmegaConf.merge(yaml_with_bases(path.parent / str(base), (*seen, path.resolve())), layer))
+    below = [] if base is None else yaml_layers(path.parent / str(base), (*seen, path.resolve()))
+    return [*below, (layer, str(path))]
+
+
+def yaml_with_bases(path: str | Path) -> DictConfig:
+    """The keys of a YAML file and of its bases, unchecked and without defaults."""
+    return cast(DictConfig, OmegaConf.merge(*(layer for layer, _ in yaml_layers(path))))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

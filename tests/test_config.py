@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hdscale.config import RELEASE, load_config
+from hdscale.engine.deepspeed_config import resolve_deepspeed_config
 from hdscale.errors import UserError
 from hdscale.resolve import resolve_model
 from hdscale.settings import flatten
@@ -69,6 +70,19 @@ def test_the_release_s_side_comes_under_other_settings(tmp_path):
     assert load_config(None, ["release=true"]).eval.count_start_token
     assert load_config(path, ["release=false"]).train.loss_reduction == "mean"
     assert load_config(None, []).train.adam_epsilon == "corrected"
+
+
+def test_the_release_s_side_comes_over_the_file_below(tmp_path):
+    """configs/glue_large.yaml, and so every table of the paper, has a DeepSpeed file of its own."""
+    path = tmp_path / "c.yaml"
+    path.write_text(f"base: {ROOT / 'configs' / 'glue_large.yaml'}\nrelease: true\n")
+    table = ROOT / "configs" / "paper" / "table1_hyperdecoder.yaml"
+    for config in (load_config(path), load_config(table, ["train.max_steps=9", "release=true"])):
+        assert (config.train.dtype, config.deepspeed) == ("fp32", "ds_configs/zero2_fp32.json")
+        assert resolve_deepspeed_config(config.deepspeed, config.train, 1)
+    kept = load_config(table, ["train.label_smoothing=0.2", "release=true"])
+    assert (kept.train.label_smoothing, kept.eval.mrqa_empty) == (0.2, False)
+    assert load_config(path, ["release=false"]).deepspeed == "ds_configs/zero2_bf16.json"
 
 
 def test_what_the_release_sets_is_what_the_page_says():

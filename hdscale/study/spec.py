@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hdscale.cluster.records import LAUNCHES
 from hdscale.cluster.sweep import grid
-from hdscale.config import Config, all_keys, merge, to_config, to_dict, yaml_with_bases
+from hdscale.config import Config, all_keys, merge_layers, to_config, to_dict, yaml_layers
 from hdscale.errors import UserError, nearest, one_line
 from hdscale.settings import flatten
 
@@ -116,23 +116,19 @@ def load_study(path: str | Path, folder: str | Path | None = None) -> Study:
     fixed = flat_settings(tree.get("set") or {}, f"{path}: set")
     check_clashes(axes, fixed, path)
 
-    node = OmegaConf.structured(Config)
-    if tree.get("config"):
-        base_path = path.parent / str(tree["config"])
-        node = merge(node, yaml_with_bases(base_path), str(base_path))
-    node = merge(node, nested(fixed), f"{path}: set")
+    shared = yaml_layers(path.parent / str(tree["config"])) if tree.get("config") else []
+    shared.append((nested(fixed), f"{path}: set"))
+    node = merge_layers(shared)
     excluded = read_excluded(tree.get("exclude"), axes, path)
     runs = []
     for chosen in grid(axes):
         point = {axis: one.name for axis, one in chosen.items()}
         if any(all(point[axis] == name for axis, name in rule.items()) for rule in excluded):
             continue
-        config = node
-        for axis, one in chosen.items():
-            config = merge(config, nested(one.settings), f"{path}: axes.{axis}, point {one.name}")
         run_name = name_of(axes, point)
-        place = {"run": {"name": run_name, "dir": str(folder)}}
-        runs.append(Run(run_name, point, to_object(merge(config, OmegaConf.create(place), str(path)), path)))
+        own = [(nested(one.settings), f"{path}: axes.{axis}, point {one.name}") for axis, one in chosen.items()]
+        own.append((OmegaConf.create({"run": {"name": run_name, "dir": str(folder)}}), str(path)))
+        runs.append(Run(run_name, point, to_object(merge_layers([*shared, *own]), path)))
     check_runs_of(runs, limits, path)
     return Study(
         name,

@@ -54,6 +54,15 @@ def test_the_base_configuration_is_found_beside_the_study(tmp_path):
     assert all(run.config.train.warmup_steps == 7 for run in study.runs)
 
 
+def test_the_release_s_side_can_be_the_base_s_or_an_axis(tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {loss_reduction: mean}\nrelease: true\n")
+    of_base = load_study(write_study(tmp_path, config="base.yaml")).runs[0].config.train
+    assert (of_base.loss_reduction, of_base.label_smoothing) == ("mean", 0.1)
+    runs = load_study(write_study(tmp_path, config="base.yaml", axes={"release": [False, True]})).runs
+    assert [run.config.train.loss_reduction for run in runs] == ["mean", "sum"]
+    assert [run.config.train.label_smoothing for run in runs] == [0.0, 0.1]
+
+
 def test_combinations_can_be_left_out(tmp_path):
     study = load_study(write_study(tmp_path, exclude=[{"size": "tiny-4", "method": "adapter"}, {"run.seed": 2}]))
     assert [run.name for run in study.runs] == [

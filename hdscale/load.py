@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM
 
-from hdscale.bases.base import quiet_loading, tokenizer_name
+from hdscale.bases.loading import quiet_loading
+from hdscale.bases.sizes import tokenizer_name
 from hdscale.config import Config, load_config
 from hdscale.data.batches import IGNORED
 from hdscale.data.tasks.aliases import canonical

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hdscale.bases.base import base_config
+from hdscale.bases.sizes import base_config
 from hdscale.config import Config
 from hdscale.data.tasks import Task, expand_tasks
 from hdscale.engine.deepspeed_config import resolve_deepspeed_config, zero_stage

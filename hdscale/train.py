@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import torch
 
-from hdscale.bases.base import tokenizer_name
+from hdscale.bases.sizes import tokenizer_name
 from hdscale.config import Config, load_config, to_dict
 from hdscale.data.batches import Row, collate
 from hdscale.data.checks import check_labels, check_rouge, losses_of

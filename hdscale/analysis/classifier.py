@@ -70,14 +70,14 @@ def pool_split(loaded: Loaded, task: Task, split: str, config: Config, limit: in
     device = model_device(loaded.model)
     known = loaded.task_id(task.name)
     task_id = UNKNOWN_TASK if known is None else known
-    means = torch.empty(len(chosen), loaded.model.base.config.d_model)
+    means = torch.empty(len(chosen), loaded.model.base.sizes("encoder").d_model)
     for numbers in global_batches([len(rows.row(row).input_ids) for row in chosen], batch_size):
         sources = [rows.row(chosen[number]).input_ids for number in numbers]
         input_ids, mask = pad_sources(sources, loaded.tokenizer.pad_token_id, device)
         task_ids = torch.full((len(numbers),), task_id, dtype=torch.long, device=device)
         with torch.no_grad():
-            hidden = loaded.model.encode(input_ids, mask, task_ids).hidden
-            means[numbers] = masked_mean(hidden, mask).float().cpu()
+            encoded = loaded.model.encode(input_ids, mask, task_ids)
+            means[numbers] = masked_mean(encoded.hidden, encoded.mask).float().cpu()
     labels = torch.tensor([task.labels.index(example.target) for example in examples])
     return Pooled(task, means, labels, examples)
 

@@ -1,4 +1,4 @@
-"""Cross-attention for short targets, without projecting the source to keys and values.
+"""Cross-attention: the source's keys and values, or, for short targets, the source itself.
 
 A label has two to four tokens, its source fifty. Projecting the whole source in each decoder layer for so few queries
 takes a sixth of a training step at T5-large. Matrix products are associative, so it can be avoided:
@@ -12,14 +12,17 @@ once for all layers, instead of keys and values in each layer.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from hdscale.bases.attention import CrossAttention, Heads
+from hdscale.bases.interface import Adaptation
+from hdscale.bases.linears import together
 from hdscale.ops.precision import at_least_float32
 
 TRAINING_GAIN, DECODING_GAIN = 4.0, 2.0
 """How many times fewer operations are needed for a gain in time, since the products are smaller. What training keeps,
-T H D, is then smaller than keys and values, 2 S H d_kv."""
+T H D, is then smaller than keys and values, 2 S H d."""
 
 
 def few_targets(targets: int, sources: int, d_kv: int, gain: float = TRAINING_GAIN) -> bool:
@@ -29,6 +32,62 @@ def few_targets(targets: int, sources: int, d_kv: int, gain: float = TRAINING_GA
     d_kv for the queries and T S for the scores, and the same again for values.
     """
     return gain * targets * (d_kv + sources) <= d_kv * sources
+
+
+class Projected(CrossAttention):
+    """Keys and values of the source, computed in each layer.
+
+    Args:
+        heads: of the stack.
+        source: [B, S, D].
+        mask: [B, 1, 1, S], added to the scores.
+    """
+
+    def __init__(self, heads: Heads, source: Tensor, mask: Tensor) -> None:
+        self.heads, self.rows, self.mask = heads, source.shape[0], mask
+        self.source = source.reshape(-1, source.shape[-1])
+
+    def __call__(
+        self, layer: int, query: Tensor, key: nn.Linear, value: nn.Linear, adaptation: Adaptation | None
+    ) -> Tensor:
+        keys, values = project_source(layer, self.source, key, value, adaptation)
+        split = self.heads.split
+        return self.heads.attend(split(query, self.rows), split(keys, self.rows), split(values, self.rows), self.mask)
+
+
+def project_source(
+    layer: int, source: Tensor, key: nn.Linear, value: nn.Linear, adaptation: Adaptation | None
+) -> tuple[Tensor, Tensor]:
+    """The adapted keys and values [N, H * d] of source tokens [N, D]."""
+    keys, values = together(source, key, value)
+    if adaptation is not None:
+        keys = adaptation.projection(layer, "cross", "k", source, keys)
+        values = adaptation.projection(layer, "cross", "v", source, values)
+    return keys, values
+
+
+class Unprojected(CrossAttention):
+    """The source itself, which all layers share; keys and values cannot be adapted.
+
+    Args:
+        heads: of the stack.
+        source: [B, S, D], in the weights' dtype or a wider one, in which scores and mixtures are computed.
+        mask: [B, 1, 1, S], added to the scores.
+    """
+
+    def __init__(self, heads: Heads, source: Tensor, mask: Tensor) -> None:
+        self.heads, self.source, self.mask = heads, source, mask
+
+    def __call__(
+        self, layer: int, query: Tensor, key: nn.Linear, value: nn.Linear, adaptation: Adaptation | None
+    ) -> Tensor:
+        queries = self.heads.split(query, self.source.shape[0])
+        mixed = unprojected_attention(queries, self.source, key.weight, value.weight, self.mask, self.heads.dropout)
+        return mixed.flatten(0, 1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Continue with some of the rows [B'], in this order."""
+        self.source, self.mask = self.source.index_select(0, rows), self.mask.index_select(0, rows)
 
 
 def unprojected_attention(
@@ -55,7 +114,7 @@ def unprojected_attention(
     scores = torch.bmm(moved, source.transpose(1, 2)).view(size_b, heads, size_t, size_s) + mask
     # the softmax in float32 at least, as in a fused kernel
     shares = torch.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(source.dtype)
-    shares = functional.dropout(shares, dropout).view(size_b, heads * size_t, size_s)
+    shares = F.dropout(shares, dropout).view(size_b, heads * size_t, size_s)
     seen = torch.bmm(shares, source).to(query.dtype).view(size_b, heads, size_t, size_d)
     seen = seen.transpose(0, 1).reshape(heads, size_b * size_t, size_d)
     mixed = torch.bmm(seen, value_weight.view(heads, width, size_d).transpose(1, 2))

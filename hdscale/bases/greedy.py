@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hdscale.bases.base import scales_output
-from hdscale.bases.inference import TokenDecoder
-from hdscale.bases.interface import Adaptation
+from hdscale.bases.interface import Adaptation, Base, Encoding
 
 FEWEST_LEFT = 3
 """With at most this many tokens left, finished rows are not dropped: copying the state of the others takes time too."""
@@ -28,9 +26,8 @@ class Decoded(NamedTuple):
 
 
 def greedy_decode(
-    base: nn.Module,
-    hidden: Tensor,
-    attention_mask: Tensor,
+    base: Base,
+    encoding: Encoding,
     adaptation: Adaptation | None,
     max_new_tokens: int,
     min_new_tokens: int = 0,
@@ -43,28 +40,25 @@ def greedy_decode(
     how many rows it has.)
 
     Args:
-        base: the T5-family model.
-        hidden: [B, S, D], the encoding.
-        attention_mask: [B, S].
+        base: whose decoder and head are used.
+        encoding: of B instances.
         adaptation: of the decoder, made by `for_generation`.
         max_new_tokens: largest number of tokens of a row, </s> included.
         min_new_tokens: number of tokens before </s> is allowed.
         scored: also compute the tokens' log-likelihoods.
-        project_source: see `TokenDecoder`.
+        project_source: see `Base.token_decoder`.
     """
-    config, device = base.config, hidden.device
-    rows = hidden.shape[0]
+    config, device = base.config, encoding.hidden.device
+    rows = encoding.hidden.shape[0]
     ids = torch.full((rows, 1 + max_new_tokens), config.pad_token_id, dtype=torch.long, device=device)
     ids[:, 0] = config.decoder_start_token_id
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     scores = torch.zeros(rows, dtype=torch.float32, device=device) if scored else None
-    scale = config.d_model**-0.5 if scales_output(config) else 1.0
-    decoder = TokenDecoder(base.decoder, hidden, attention_mask, adaptation, max_new_tokens, project_source)
+    decoder = base.token_decoder(encoding, adaptation, max_new_tokens, project_source)
     late, flags, length = lateness(device), [], max_new_tokens
     token, places, droppable = ids[:, 0], None, True
     for step in range(max_new_tokens):
-        output = decoder(token)
-        logits = base.lm_head(output * scale if scale != 1.0 else output)
+        logits = base.head(decoder(token))
         if scored:
             total = torch.logsumexp(logits.float(), dim=-1)
         if step < min_new_tokens:

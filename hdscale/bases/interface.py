@@ -1,30 +1,44 @@
-"""`Adaptation`: what a method adds to the blocks of one stack, as a value that is passed through its forward.
+"""What a base is to the rest of the package, and the hooks by which an `Adaptation` changes it.
+
+Methods, training, decoding, analysis and benchmarks use nothing of a base but `Base`. A new family of bases is one file
+with a subclass, one entry in `hdscale.bases.families`, and one row in the tests.
 
 Conditioning is an explicit argument and never an attribute of a module: activation checkpointing then recomputes with
 the same adapters, and beams, threads and micro-batches share no state.
 
-Shapes: B batch, S source, T target, D d_model, A adapter size, K hypernetwork bottleneck, N layers. R is the number of
-decoder rows: B, or B times the number of beams, with the beams of an instance adjacent.
+Shapes: B batch, S source, T target, D d_model, A adapter size, K hypernetwork bottleneck. R is the number of decoder
+rows: B, or B times the number of beams, with the beams of an instance adjacent. N is the number of tokens of a pass:
+the tokens of a row are adjacent, and so are the rows of an instance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig
+
+
+class LinearShape(NamedTuple):
+    """Sizes of a linear that a method can adapt."""
+
+    d_in: int
+    d_out: int
 
 
 class StackSizes(NamedTuple):
     """Sizes of one stack of a base.
 
     Attributes:
-        layers: N.
+        layers: how many.
         d_model: D.
         heads: H.
-        d_kv: size of a head; queries, keys and values have H * d_kv numbers.
+        d_kv: size of a head.
         is_decoder: whether the stack is the decoder, which also has cross-attention.
+        linears: the linears of every layer that can be adapted, by attention and name: "self_q", "cross_o".
     """
 
     layers: int
@@ -32,48 +46,52 @@ class StackSizes(NamedTuple):
     heads: int
     d_kv: int
     is_decoder: bool
+    linears: Mapping[str, LinearShape]
 
 
 class Adaptation:
-    """Hooks that an adapted block calls. By default none of them changes anything; a method overrides what it needs.
+    """Hooks that the layers of a stack call. By default none changes anything; a method overrides what it needs.
 
-    `layer` is the block's index in its stack.
+    `layer` is the layer's index in its stack. Tokens come flat, [N, ...]; `hdscale.ops.group_by_instance` groups them
+    by instance.
 
     Attributes:
-        adapts_attention: whether `projection` or `prefix` changes anything; if not, transformers' own attention runs.
+        adapts_attention: whether `projection` or `prefix` changes anything; if not, they are not called.
+        adapts_outputs: whether `after_self_attention` or `after_feed_forward` changes anything.
     """
 
     adapts_attention = False
+    adapts_outputs = False
 
     def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor | None:
         """The branch beside the feed-forward sub-layer (Eq. 2), or None.
 
         Args:
-            layer: index of the block.
-            x: [R, T, D], the sub-layer's input.
-            normed: [R, T, D], LayerNorm(x).
+            layer: index of the layer.
+            x: [N, D], the sub-layer's input.
+            normed: [N, D], LayerNorm(x).
         """
         return None
 
     def after_self_attention(self, layer: int, y: Tensor) -> Tensor:
-        """[R, T, D] -> [R, T, D]: the self-attention's output before dropout and residual."""
+        """[N, D] -> [N, D]: the self-attention's output before dropout and residual."""
         return y
 
     def after_feed_forward(self, layer: int, y: Tensor) -> Tensor:
-        """[R, T, D] -> [R, T, D]: the feed-forward's output before dropout and residual."""
+        """[N, D] -> [N, D]: the feed-forward's output before dropout and residual."""
         return y
 
     def projection(self, layer: int, attention: str, name: str, x: Tensor, y: Tensor) -> Tensor:
         """The adapted output of a linear of an attention.
 
         Args:
-            layer: index of the block.
+            layer: index of the layer.
             attention: "self" or "cross".
             name: "q", "k", "v" or "o".
-            x: [R, L, in], the linear's input. y: [R, L, out], the frozen linear's output.
+            x: [N, in], the linear's input. y: [N, out], the frozen linear's output.
 
         Returns:
-            [R, L, out].
+            [N, out].
         """
         return y
 
@@ -101,139 +119,135 @@ class Adaptation:
         return self
 
 
-class ComposedAdaptation(Adaptation):
-    """Several adaptations of one stack: branches are added, prefixes concatenated, the other hooks chained."""
+class Source(NamedTuple):
+    """A batch of sources in the form in which a base computes it.
 
-    def __init__(self, members: Sequence[Adaptation]) -> None:
-        self.members = list(members)
-        self.adapts_attention = any(member.adapts_attention for member in self.members)
-
-    def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor | None:
-        total: Tensor | None = None
-        for member in self.members:
-            branch = member.parallel(layer, x, normed)
-            if branch is not None:
-                total = branch if total is None else total + branch
-        return total
-
-    def after_self_attention(self, layer: int, y: Tensor) -> Tensor:
-        for member in self.members:
-            y = member.after_self_attention(layer, y)
-        return y
-
-    def after_feed_forward(self, layer: int, y: Tensor) -> Tensor:
-        for member in self.members:
-            y = member.after_feed_forward(layer, y)
-        return y
-
-    def projection(self, layer: int, attention: str, name: str, x: Tensor, y: Tensor) -> Tensor:
-        for member in self.members:
-            y = member.projection(layer, attention, name, x, y)
-        return y
-
-    def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        prefixes = [prefix for member in self.members if (prefix := member.prefix(layer)) is not None]
-        if not prefixes:
-            return None
-        return torch.cat([keys for keys, _ in prefixes], dim=2), torch.cat([values for _, values in prefixes], dim=2)
-
-    def for_generation(self) -> Adaptation:
-        return ComposedAdaptation([member.for_generation() for member in self.members])
-
-    def select(self, rows: Tensor) -> Adaptation | None:
-        members = [selected for member in self.members if (selected := member.select(rows)) is not None]
-        return ComposedAdaptation(members) if len(members) == len(self.members) else None
-
-    def for_training(self, length: int) -> Adaptation:
-        return ComposedAdaptation([member.for_training(length) for member in self.members])
-
-
-class LayerwiseAdaptation(Adaptation):
-    """A different adaptation for each layer.
-
-    Args:
-        layers: for each of the stack's layers its adaptation, and the layer's index within that adaptation.
+    Attributes:
+        input_ids: [B, S].
+        mask: [B, S], 1 for tokens and 0 for padding.
+        positions: [L], the indices of the tokens among the B * S; None if they are not known.
     """
 
-    def __init__(self, layers: Sequence[tuple[Adaptation, int]]) -> None:
-        self.layers = list(layers)
-        self.adapts_attention = any(member.adapts_attention for member, _ in self.layers)
-
-    def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor | None:
-        member, index = self.layers[layer]
-        return member.parallel(index, x, normed)
-
-    def after_self_attention(self, layer: int, y: Tensor) -> Tensor:
-        member, index = self.layers[layer]
-        return member.after_self_attention(index, y)
-
-    def after_feed_forward(self, layer: int, y: Tensor) -> Tensor:
-        member, index = self.layers[layer]
-        return member.after_feed_forward(index, y)
-
-    def projection(self, layer: int, attention: str, name: str, x: Tensor, y: Tensor) -> Tensor:
-        member, index = self.layers[layer]
-        return member.projection(index, attention, name, x, y)
-
-    def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        member, index = self.layers[layer]
-        return member.prefix(index)
-
-    def for_generation(self) -> Adaptation:
-        cached = {id(member): member.for_generation() for member, _ in self.layers}
-        return LayerwiseAdaptation([(cached[id(member)], index) for member, index in self.layers])
-
-    def select(self, rows: Tensor) -> Adaptation | None:
-        selected: dict[int, Adaptation] = {}
-        for member, _ in self.layers:
-            if id(member) not in selected:
-                part = member.select(rows)
-                if part is None:
-                    return None
-                selected[id(member)] = part
-        return LayerwiseAdaptation([(selected[id(member)], index) for member, index in self.layers])
-
-    def for_training(self, length: int) -> Adaptation:
-        prepared = {id(member): member.for_training(length) for member, _ in self.layers}
-        return LayerwiseAdaptation([(prepared[id(member)], index) for member, index in self.layers])
+    input_ids: Tensor
+    mask: Tensor
+    positions: Tensor | None = None
 
 
-class ScaledAdaptation(Adaptation):
-    """An adaptation whose branch beside the feed-forward is multiplied by a factor.
+class Encoding(NamedTuple):
+    """What the decoder sees of a source.
 
-    Args:
-        inner: the adaptation.
-        scale: one factor, or one per layer [N].
+    Attributes:
+        hidden: [B, S, D].
+        mask: [B, S].
     """
 
-    def __init__(self, inner: Adaptation, scale: float | Tensor) -> None:
-        self.inner, self.scale = inner, scale
-        self.adapts_attention = inner.adapts_attention
+    hidden: Tensor
+    mask: Tensor
 
-    def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor | None:
-        branch = self.inner.parallel(layer, x, normed)
-        if branch is None:
-            return None
-        return branch * (self.scale[layer] if isinstance(self.scale, Tensor) else self.scale)
 
-    def after_self_attention(self, layer: int, y: Tensor) -> Tensor:
-        return self.inner.after_self_attention(layer, y)
+class TokenDecoder(ABC):
+    """The decoder over one more token of each row at a time; made by `Base.token_decoder`."""
 
-    def after_feed_forward(self, layer: int, y: Tensor) -> Tensor:
-        return self.inner.after_feed_forward(layer, y)
+    @abstractmethod
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """tokens [B], the last of each row -> [B, D], the input of the head."""
 
-    def projection(self, layer: int, attention: str, name: str, x: Tensor, y: Tensor) -> Tensor:
-        return self.inner.projection(layer, attention, name, x, y)
+    @abstractmethod
+    def keep(self, rows: Tensor) -> bool:
+        """Continue with some of the rows, and return whether the adaptation allows that.
 
-    def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        return self.inner.prefix(layer)
+        Args:
+            rows: int64, the rows to keep, in order.
+        """
 
-    def for_generation(self) -> Adaptation:
-        return ScaledAdaptation(self.inner.for_generation(), self.scale)
 
-    def select(self, rows: Tensor) -> Adaptation | None:
-        inner = self.inner.select(rows)
-        return None if inner is None else ScaledAdaptation(inner, self.scale)
+class Base(nn.Module, ABC):
+    """A frozen encoder-decoder.
 
-    def for_training(self, length: int) -> Adaptation:
-        return ScaledAdaptation(self.inner.for_training(length), self.scale)
+    Its parameters have the names that they have in transformers. In `train()` the base's own dropout is active.
+
+    Attributes:
+        config: of transformers.
+    """
+
+    config: PretrainedConfig
+    generation_config: GenerationConfig | None = None
+    """Of the checkpoint, for transformers' `generate`."""
+    part_names: ClassVar[tuple[str, ...]]
+    """The modules that together have all parameters, in order, as `hdscale params` lists them."""
+
+    @classmethod
+    @abstractmethod
+    def stack_sizes(cls, config: PretrainedConfig, stack: str) -> StackSizes:
+        """Sizes of the "encoder" or the "decoder" of a base with this configuration."""
+
+    def sizes(self, stack: str) -> StackSizes:
+        """Sizes of the "encoder" or the "decoder"."""
+        return self.stack_sizes(self.config, stack)
+
+    @abstractmethod
+    def norm_names(self) -> list[str]:
+        """Names of the weights of all layer norms within the layers."""
+
+    def prepare(self, source: Source) -> Source:
+        """The same source, padded to a length that the device computes well."""
+        return source
+
+    @abstractmethod
+    def encode(self, source: Source, adaptation: Adaptation | None = None, packed: bool = False) -> Encoding:
+        """Run the encoder.
+
+        Args:
+            source: made by `prepare`.
+            adaptation: of the encoder.
+            packed: compute the tokens as one sequence without padding; the adaptation is the same for all instances.
+        """
+
+    @abstractmethod
+    def decode(self, input_ids: Tensor, encoding: Encoding, adaptation: Adaptation | None = None) -> Tensor:
+        """Run the decoder over whole rows, [B, T] -> [B, T, D], the input of the head."""
+
+    @abstractmethod
+    def head(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> logits [..., V]."""
+
+    @abstractmethod
+    def token_decoder(
+        self, encoding: Encoding, adaptation: Adaptation | None, most_tokens: int, project_source: bool | None = None
+    ) -> TokenDecoder:
+        """Start to decode greedily.
+
+        Args:
+            encoding: of B instances.
+            adaptation: of the decoder, made by `for_generation`.
+            most_tokens: largest number of tokens that will be decoded.
+            project_source: compute and keep keys and values of the source. Default: the cheaper way.
+        """
+
+    @abstractmethod
+    def decode_with_cache(
+        self, input_ids: Tensor, encoding: Encoding, adaptation: Adaptation | None, cache: Any
+    ) -> Tensor:
+        """Run the decoder over the next tokens [R, T] of each row, with a cache of transformers -> [R, T, D].
+
+        Args:
+            input_ids: [R, T].
+            encoding: of R rows.
+            adaptation: of the decoder, made by `for_generation`.
+            cache: `EncoderDecoderCache`, extended in place.
+        """
+
+    @abstractmethod
+    def checkpoint_activations(self, where: str) -> None:
+        """Recompute activations in the backward pass of: none, encoder, decoder or all."""
+
+    @abstractmethod
+    def compile_steps(self, on: bool = True) -> None:
+        """Compile the steps of a layer for training when they are first used, or stop using the compiled ones."""
+
+    def decoder_inputs(self, labels: Tensor) -> Tensor:
+        """Labels [B, T] -> the decoder's input [B, T] that predicts them: moved by one, padding ids for -100."""
+        start, padding = self.config.decoder_start_token_id, self.config.pad_token_id
+        inputs = torch.full_like(labels, start)
+        inputs[:, 1:] = labels[:, :-1]
+        return inputs.masked_fill_(inputs < 0, padding)

@@ -18,85 +18,103 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from hdscale.bases.interface import Adaptation
+from hdscale.bases.attention import Heads, Prefix, SelfAttention
+from hdscale.bases.interface import Source
+from hdscale.bases.positions import Buckets, bias_by_distance, bias_matrix
 
 BLOCK = 128
 """Queries and keys per block of FlexAttention. On a GPU the packed length is a multiple of it, for fewer shapes."""
 
 
-class Packing:
-    """Where the tokens of a packed sequence come from, and how they attend to each other.
+class Packed(SelfAttention):
+    """Self-attention within the instances of a packed sequence.
 
     Args:
-        positions: [L], ascending: the indices of the real tokens among the B * S of the padded batch, those of a row
-            adjacent; at the end B * S itself, which means padding.
-        shape: (B, S).
-        bias: [1, H, S, S], the position bias of the tokens of one row.
+        heads: of the stack.
+        source: whose tokens are packed. Without positions they are computed here, for which the host has to wait for a
+            GPU.
+        buckets: of the relative positions.
 
     Attributes:
+        positions: [L], ascending: the indices of the real tokens among the B * S of the padded batch, those of a row
+            adjacent; at the end B * S itself, which means padding.
         rows: [L], the instance of each token; B for padding.
         places: [L], the token's position within its row.
     """
 
-    def __init__(self, positions: Tensor, shape: tuple[int, int], bias: Tensor) -> None:
-        self.positions, self.shape, self.bias = positions, shape, bias
-        self.rows, self.places = positions // shape[1], positions % shape[1]
-        if positions.device.type == "cpu":
-            self._attend = self._instance_by_instance()
+    def __init__(self, heads: Heads, source: Source, buckets: Buckets) -> None:
+        self.heads, self.shape, self.buckets = heads, tuple(source.input_ids.shape), buckets
+        positions = source.positions
+        if positions is None:
+            positions = source.mask.flatten().nonzero().squeeze(1)
+        if positions.device.type != "cpu":
+            positions = F.pad(positions, (0, -positions.shape[0] % BLOCK), value=source.input_ids.numel())
+        self.positions = positions
+        self.rows, self.places = positions // self.shape[1], positions % self.shape[1]
+        self.flexible = positions.device.type != "cpu"
+        if self.flexible:
+            self.block_mask = block_mask_of(self.rows)
         else:
-            self._attend = self._flexible(compiled_flex_attention())
+            counts = torch.bincount(self.rows, minlength=self.shape[0] + 1).tolist()
+            self.lengths, self.padding = [length for length in counts[: self.shape[0]] if length], counts[-1]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention within instances, without scaling as in T5: all [1, H, L, d_kv]."""
-        return self._attend(query, key, value)
+    def tokens(self, input_ids: Tensor) -> Tensor:
+        """[B, S] -> [L], the packed tokens; padding can be any token."""
+        return input_ids.flatten().index_select(0, self.positions.clamp(max=input_ids.numel() - 1))
 
     def padded(self, x: Tensor) -> Tensor:
-        """[1, L, D] -> [B, S, D], zero at padding."""
+        """[L, D] -> [B, S, D], zero at padding."""
         size_b, size_s = self.shape
         # one row more, for the padding of the packed sequence
-        filled = x.new_zeros(size_b * size_s + 1, x.shape[-1]).index_copy(0, self.positions, x.squeeze(0))
+        filled = x.new_zeros(size_b * size_s + 1, x.shape[-1]).index_copy(0, self.positions, x)
         return filled[:-1].view(size_b, size_s, -1)
 
-    def _instance_by_instance(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        size_b = self.shape[0]
-        counts = torch.bincount(self.rows, minlength=size_b + 1).tolist()
-        lengths, rest = [length for length in counts[:size_b] if length], counts[size_b]
+    def mask(self, table: Tensor) -> Tensor:
+        """The bias by the distance of key and query [H, 2 S - 1] for FlexAttention, [1, H, S, S] on a CPU."""
+        by_distance = bias_by_distance(table, self.shape[1], self.buckets)
+        return by_distance.contiguous() if self.flexible else bias_matrix(by_distance)
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            parts, start = [], 0
-            for length, group in itertools.groupby(lengths):
-                count = len(list(group))
-                end = start + count * length
-                # [1, H, L, d] -> [rows of this length, H, length, d]
-                own = (x[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
-                mask = self.bias[:, :, :length, :length]
-                mixed = functional.scaled_dot_product_attention(*own, attn_mask=mask, scale=1.0)
-                parts.append(mixed.transpose(0, 1).flatten(1, 2))
-                start = end
-            if rest:
-                parts.append(value[0, :, start:])
-            return torch.cat(parts, dim=1).unsqueeze(0)
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prefix: Prefix | None
+    ) -> Tensor:
+        if prefix is not None:
+            raise NotImplementedError("a prefix belongs to an instance, and a packed sequence has many")
+        queries, keys, values = (self.heads.split(x, 1) for x in (query, key, value))
+        if self.flexible:
+            mixed = self.attend_flexibly(queries, keys, values, mask, compiled_flex_attention())
+        else:
+            mixed = self.attend_by_instance(queries, keys, values, mask)
+        return mixed.squeeze(0).transpose(0, 1).flatten(1)
 
-        return attend
-
-    def _flexible(self, kernel: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        block_mask = block_mask_of(self.rows)
-        places = self.places
-        # the bias by the distance of key and query, from -(S - 1) to S - 1: [H, 2 S - 1]
-        by_distance = torch.cat([self.bias[0, :, 1:, 0].flip(1), self.bias[0, :, 0]], dim=1)
-        first = places - (self.shape[1] - 1)
+    def attend_flexibly(
+        self, query: Tensor, key: Tensor, value: Tensor, by_distance: Tensor, kernel: Callable[..., Tensor]
+    ) -> Tensor:
+        """[1, H, L, d] -> [1, H, L, d] by FlexAttention."""
+        places, first = self.places, self.places - (self.shape[1] - 1)
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return score + by_distance[h, places[k] - first[q]]
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return kernel(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=1.0)
+        return kernel(query, key, value, score_mod=score_mod, block_mask=self.block_mask, scale=1.0)
 
-        return attend
+    def attend_by_instance(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """[1, H, L, d] -> [1, H, L, d], adjacent instances of one length at once."""
+        parts, start = [], 0
+        for length, group in itertools.groupby(self.lengths):
+            count = len(list(group))
+            end = start + count * length
+            # [1, H, L, d] -> [rows of this length, H, length, d]
+            own = (x[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+            mixed = F.scaled_dot_product_attention(*own, attn_mask=bias[:, :, :length, :length], scale=1.0)
+            parts.append(mixed.transpose(0, 1).flatten(1, 2))
+            start = end
+        if self.padding:
+            parts.append(value[0, :, start:])
+        return torch.cat(parts, dim=1).unsqueeze(0)
 
 
 def block_mask_of(rows: Tensor) -> BlockMask:
@@ -138,32 +156,3 @@ def block_mask_of(rows: Tensor) -> BlockMask:
 def compiled_flex_attention() -> Callable[..., Tensor]:
     """FlexAttention, compiled once for all layers and lengths; only compiled is it a single kernel."""
     return torch.compile(flex_attention, dynamic=True)
-
-
-def encode(
-    stack: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None, adaptation: Adaptation | None
-) -> Tensor:
-    """The encoder's output [B, S, D], zero at padding.
-
-    Args:
-        stack: the encoder.
-        input_ids: [B, S].
-        attention_mask: [B, S], the tokens of a row adjacent.
-        positions: [L], the indices of ones among the B * S of the mask (`collate` computes them); None: computed here,
-            for which the host has to wait for a GPU.
-        adaptation: the same for all instances.
-    """
-    if positions is None:
-        positions = attention_mask.flatten().nonzero().squeeze(1)
-    padding = input_ids.numel()
-    if positions.device.type != "cpu":
-        positions = functional.pad(positions, (0, -positions.shape[0] % BLOCK), value=padding)
-    size_s = input_ids.shape[1]
-    bias = stack.block[0].layer[0].SelfAttention.compute_bias(size_s, size_s, device=input_ids.device)
-    packing = Packing(positions, tuple(input_ids.shape), bias)
-    # padding can be any token
-    tokens = input_ids.flatten().index_select(0, positions.clamp(max=padding - 1)).unsqueeze(0)
-    x = stack.dropout(stack.embed_tokens(tokens))
-    for block in stack.block:
-        x, _, _ = block(x, packing=packing, adaptation=adaptation)
-    return packing.padded(stack.dropout(stack.final_layer_norm(x)))

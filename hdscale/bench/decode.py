@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
 
 from hdscale.bench.options import DecodeOptions
+from hdscale.bench.released import ReleasedModel
 from hdscale.bench.report import progress, publish
 from hdscale.bench.rows import EvaluationSet, check_size, evaluation_sets, make_rows
 from hdscale.bench.timing import device_of, matmul_peak, timed
-from hdscale.bench.variants import as_released, hyperdecoder_settings, released_encode
+from hdscale.bench.variants import hyperdecoder_settings
 from hdscale.data.batches import Row, collate
 from hdscale.evaluation.generation import global_batches
 from hdscale.modeling import build_model
@@ -38,27 +38,27 @@ def run(options: DecodeOptions) -> None:
     """Decode with both sides in turns, and compare."""
     check_size(options.size)
     # every model here has random weights on purpose: no warning for each
-    logging.getLogger("hdscale.bases.base").setLevel(logging.ERROR)
+    logging.getLogger("hdscale.bases.loading").setLevel(logging.ERROR)
     device = device_of(options.device)
     mixed, sets = (
         make_rows(options, options.batch_size * options.mixed_batches, options.size),
         evaluation_sets(options, options.size, options.rows),
     )
-    sides: dict[str, AdaptedModel] = {}
+    sides: dict[str, AdaptedModel | ReleasedModel] = {}
     for dtype in options.dtypes:
-        sides[f"hdscale-{dtype}"] = build_model(hyperdecoder_settings(options.size), DTYPES[dtype], device).eval()
+        ours = build_model(hyperdecoder_settings(options.size), DTYPES[dtype], device).eval()
         # the same weights, computed as the released code does
-        released = build_model(
-            hyperdecoder_settings(options.size, attention="eager", backend="torch"), DTYPES[dtype], device
-        ).eval()
-        sides[f"released-{dtype}"] = as_released(released)
+        theirs = ReleasedModel(
+            build_model(hyperdecoder_settings(options.size, backend="torch"), DTYPES[dtype], device).eval()
+        )
+        sides |= {f"hdscale-{dtype}": ours, f"released-{dtype}": theirs}
+        weights = encoder_weights(ours)
         if dtype == "fp32":
-            rows_to_check = mixed[: options.batch_size]
-            check_same_tokens(sides["hdscale-fp32"], sides["released-fp32"], rows_to_check, device)
+            check_same_tokens(ours, theirs, mixed[: options.batch_size], device)
     rows: list[dict[str, Any]] = []
-    for name, ours, theirs in comparisons(options, mixed, sets):
+    for name, our_jobs, their_jobs in comparisons(options, mixed, sets):
         progress(f"{name}: {options.turns} turns of {', '.join(sides)}")
-        rows += compare(name, options.turns, device, sides, ours, theirs)
+        rows += compare(name, options.turns, device, sides, our_jobs, their_jobs)
     evaluated = dict(zip(("hdscale", "released"), comparisons(options, mixed, sets)[-1][1:], strict=True))
     peaks = {dtype: matmul_peak(DTYPES[dtype], device) for dtype in options.dtypes}
     publish(
@@ -74,8 +74,7 @@ def run(options: DecodeOptions) -> None:
             for name, jobs in evaluated.items()
         },
         seconds_of_the_encoder_at_the_matmul_peak={
-            dtype: encoder_flops(sides[f"hdscale-{dtype}"], evaluated["hdscale"]) / peak
-            for dtype, peak in peaks.items()
+            dtype: encoder_flops(weights, evaluated["hdscale"]) / peak for dtype, peak in peaks.items()
         },
     )
 
@@ -100,18 +99,22 @@ def one_in(every: int, batches: list[list[Row]]) -> list[list[Row]]:
 
 
 def compare(
-    name: str, turns: int, device: torch.device, sides: dict[str, AdaptedModel], ours: Jobs, theirs: Jobs
+    name: str,
+    turns: int,
+    device: torch.device,
+    sides: dict[str, AdaptedModel | ReleasedModel],
+    ours: Jobs,
+    theirs: Jobs,
 ) -> list[dict[str, Any]]:
     """One row per side; the sides alternate. `x_<side>`: rows per second against that side's, the median over turns."""
 
     def work(side: str) -> Callable[[], None]:
         released = side.startswith("released")
-        return lambda: decode_jobs(sides[side], theirs if released else ours, device, released)
+        return lambda: decode_jobs(sides[side], theirs if released else ours, device)
 
     for side, model in sides.items():
-        released = side.startswith("released")
-        batches, most, least = (theirs if released else ours)[0]
-        decode_jobs(model, [(batches[:1], most, least)], device, released)
+        batches, most, least = (theirs if side.startswith("released") else ours)[0]
+        decode_jobs(model, [(batches[:1], most, least)], device)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(turns):
         for side in sides:
@@ -162,51 +165,38 @@ def mean_tokens(batches: list[list[Row]]) -> float:
     return statistics.fmean(len(row.input_ids) for batch in batches for row in batch)
 
 
-def encoder_flops(model: AdaptedModel, jobs: Jobs) -> float:
+def encoder_weights(model: AdaptedModel) -> int:
+    """Weights of the base encoder's linears."""
+    encoder = model.base.get_submodule("encoder")
+    return sum(module.weight.numel() for module in encoder.modules() if isinstance(module, nn.Linear))
+
+
+def encoder_flops(weights: int, jobs: Jobs) -> float:
     """Operations of the base encoder's linears for the real source tokens: no way of decoding has fewer."""
-    weights = sum(module.weight.numel() for module in model.base.encoder.modules() if isinstance(module, nn.Linear))
     return 2.0 * weights * sum(len(row.input_ids) for batches, *_ in jobs for batch in batches for row in batch)
 
 
-def decode_jobs(model: AdaptedModel, jobs: Jobs, device: torch.device, released: bool) -> None:
+def decode_jobs(model: AdaptedModel | ReleasedModel, jobs: Jobs, device: torch.device) -> None:
     """Decode everything, one batch after the other."""
     for batches, most, least in jobs:
-        decode_batches(model, batches, most, least, device, released)
+        decode_batches(model, batches, most, least, device)
 
 
 @torch.inference_mode()
 def decode_batches(
-    model: AdaptedModel, batches: list[list[Row]], most: int, least: int, device: torch.device, released: bool
+    model: AdaptedModel | ReleasedModel, batches: list[list[Row]], most: int, least: int, device: torch.device
 ) -> list[torch.Tensor]:
     """Greedy tokens of each batch."""
     found = []
-    base: Any = model.base
     for rows in batches:
         batch = {name: tensor.to(device) for name, tensor in collate(rows, 0).items()}
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        if not released:
-            found.append(model.generate(ids, mask, max_new_tokens=most, min_new_tokens=least).cpu())
-            continue
-        encoded = released_encode(model, ids, mask)
-        found.append(
-            base.generate(
-                encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
-                attention_mask=mask,
-                # not `for_generation()`: the heads run again at each token
-                adaptation=encoded.adaptation,
-                max_new_tokens=most,
-                min_new_tokens=least,
-                do_sample=False,
-            ).cpu()
-        )
+        found.append(model.generate(ids, mask, max_new_tokens=most, min_new_tokens=least).cpu())
     return found
 
 
-def check_same_tokens(ours: AdaptedModel, theirs: AdaptedModel, rows: list[Row], device: torch.device) -> None:
+def check_same_tokens(ours: AdaptedModel, theirs: ReleasedModel, rows: list[Row], device: torch.device) -> None:
     """Both ways must decode the same in float32 before either is timed."""
-    a, b = (
-        decode_batches(model, [rows], CHECKED_TOKENS, CHECKED_TOKENS, device, released)[0]
-        for model, released in ((ours, False), (theirs, True))
-    )
+    a, b = (decode_batches(model, [rows], CHECKED_TOKENS, CHECKED_TOKENS, device)[0] for model in (ours, theirs))
     if not torch.equal(a, b):
         raise RuntimeError("the two ways decode different tokens: nothing was timed")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hdscale.bases.base import BUILT_IN, TINY_SIZES, TINY_VOCABULARY
+from hdscale.bases.sizes import BUILT_IN, TINY_SIZES, TINY_VOCABULARY
 from hdscale.bench.options import RowOptions, fixed_lengths
 from hdscale.data.batches import Row
 from hdscale.data.mixture import Mixture

@@ -161,12 +161,13 @@ def predictions(options: ScalingOptions) -> list[dict[str, Any]]:
     model = build_model(config, device="meta")
     trainable = count_parameters(model).trainable
     encoder, decoder = (
-        sum(p.numel() for p in stack.parameters()) for stack in (model.base.encoder.block, model.base.decoder.block)
+        sum(p.numel() for p in model.base.get_submodule(f"{name}.block").parameters())
+        for name in ("encoder", "decoder")
     )
     operations = (
         4.0
         * options.predict_batch
-        * (options.predict_tokens * encoder + 2 * (decoder + model.base.lm_head.weight.numel()))
+        * (options.predict_tokens * encoder + 2 * (decoder + model.base.get_parameter("lm_head.weight").numel()))
     )
     computing = operations / (options.tflops * 1e12)
     found = []

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from hdscale.bench.allocations import mark, track_cpu
@@ -19,9 +18,8 @@ from hdscale.bench.options import StepOptions
 from hdscale.bench.report import progress, publish
 from hdscale.bench.rows import check_size, make_rows
 from hdscale.bench.timing import device_of, matmul_peak, timed
-from hdscale.bench.variants import Variant, build_variants, released_encode, static_bytes
+from hdscale.bench.variants import Variant, build_variants, static_bytes
 from hdscale.data.batches import Row, collate
-from hdscale.modeling.model import AdaptedModel
 
 
 def run(options: StepOptions) -> None:
@@ -114,13 +112,10 @@ def share_of_parts(variant: Variant, batch: list[Row], device: torch.device) -> 
 
     def one_pass(tensors: dict[str, torch.Tensor]) -> None:
         mask, labels = tensors["attention_mask"], tensors["labels"]
-        encoded = run("encoder_forward", lambda: encode(model, tensors["input_ids"], mask))
-        logits, targets = run("decoder_forward", lambda: model.decode(encoded, mask, labels))
-        loss = run("decoder_forward", lambda: F.cross_entropy(logits.float(), targets))
+        encoded = run("encoder_forward", lambda: variant.encode(tensors["input_ids"], mask))
+        loss = run("decoder_forward", lambda: variant.loss_of(encoded, mask, labels))
         run("backward", loss.backward)
 
-    model = variant.model
-    encode = released_encode if variant.released else AdaptedModel.encode
     for part in variant.micro_batches(batch):
         one_pass({name: tensor.to(device) for name, tensor in collate(part, 0).items()})
     run("optimizer", variant.update)

@@ -124,6 +124,8 @@ class Engine:
         self.parameters = trainable_parameters(model)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         exact = exact_masters(self.parameters) if train.dtype == "bf16" else {}
+        if json_config["zero_optimization"]["stage"] == 3:
+            zero.gather_layers_whole(model)
         # ZeRO-1 in bf16 prints reports of memory while it is set up
         with contextlib.redirect_stdout(io.StringIO()):
             self._deepspeed, *_ = deepspeed.initialize(

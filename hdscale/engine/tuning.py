@@ -6,11 +6,11 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
-from hdscale.bases.compilation import compile_stacks, decompile_stacks
+from hdscale.bases.interface import Base
 from hdscale.data.batches import Row, collate
 from hdscale.data.micro_batches import deal, padded_tokens
 from hdscale.engine.deepspeed_engine import Batch, Engine, loss_of
@@ -198,7 +198,7 @@ def compile_for_training(engine: Engine, choice: str, sample: Sequence[Batch], s
         return
     middle = sample[len(sample) // 2]
     plain = timed(engine, middle)
-    compile_stacks(engine.module.get_submodule("base"))
+    cast(Base, engine.module.get_submodule("base")).compile_steps()
     failure = None
     try:
         first = seconds_of_passes(engine, [sample[0], middle])
@@ -206,7 +206,7 @@ def compile_for_training(engine: Engine, choice: str, sample: Sequence[Batch], s
         failure = str(error).strip().splitlines()[0]
     failures = [one for one in engine.ranks.gather_objects(failure) if one is not None]
     if failures:
-        decompile_stacks(engine.module.get_submodule("base"))
+        cast(Base, engine.module.get_submodule("base")).compile_steps(on=False)
         if choice == "on":
             raise UserError(f"train.compile=on: the compiler failed ({failures[0]}); use train.compile=off")
         if settled.once("compile", lambda: "off") == "on":

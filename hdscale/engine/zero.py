@@ -19,6 +19,18 @@ from torch import nn
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
 
+def gather_layers_whole(model: nn.Module) -> None:
+    """Let stage 3 gather the weights of a layer together, so that every rank's passes have the same collectives.
+
+    Called before DeepSpeed gets the model; modules say it by their attribute `gathered_whole`.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in model.modules():
+        if getattr(module, "gathered_whole", False):
+            set_z3_leaf_module(module, True)
+
+
 def full_master(parameter: nn.Parameter) -> torch.Tensor:
     """The whole fp32 master of a trainable, on its device. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param

@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hdscale.bases.base import BUILT_IN, load_base
+from hdscale.bases.loading import load_base
 from hdscale.bases.settings import ModelSettings
+from hdscale.bases.sizes import BUILT_IN
 from hdscale.data.tasks.aliases import canonical
 from hdscale.errors import UserError
 from hdscale.modeling.config import HyperdecoderConfig

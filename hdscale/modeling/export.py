@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hdscale.bases.base import BUILT_IN, resolve_name
 from hdscale.bases.fingerprint import fingerprint_weights
+from hdscale.bases.sizes import BUILT_IN, resolve_name
 from hdscale.errors import UserError
 from hdscale.files import atomic_path, write_text
 from hdscale.modeling.config import CONFIG_FILE, HyperdecoderConfig

@@ -15,6 +15,7 @@ from hdscale.ops import (
     apply_adapter,
     generate_adapter_weights,
     generated_adapter,
+    group_by_instance,
     share_heads,
 )
 
@@ -122,7 +123,8 @@ class GeneratedAdaptation(Adaptation):
         self.normed_input = normed_input
 
     def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor:
-        return self.adapter_heads(normed if self.normed_input else x, self.codes[layer])
+        grouped = group_by_instance(normed if self.normed_input else x, self.codes.shape[1])
+        return self.adapter_heads(grouped, self.codes[layer]).view(x.shape)
 
     def for_training(self, length: int) -> Adaptation:
         heads = self.adapter_heads
@@ -155,7 +157,9 @@ class SharedAdaptation(Adaptation):
         self.normed_input = normed_input
 
     def parallel(self, layer: int, x: Tensor, normed: Tensor) -> Tensor:
-        return generated_adapter(normed if self.normed_input else x, *self.layers[layer], backend=self.backend)
+        code, heads = self.layers[layer]
+        grouped = group_by_instance(normed if self.normed_input else x, code.shape[0])
+        return generated_adapter(grouped, code, heads, backend=self.backend).view(x.shape)
 
 
 class CachedAdaptation(Adaptation):

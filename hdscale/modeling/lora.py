@@ -1,4 +1,4 @@
-"""Low-rank updates (Hu et al. 2022) of the linears of T5's attentions, learned or generated."""
+"""Low-rank updates (Hu et al. 2022) of the linears of a base's attentions, learned or generated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINEARS = "qkvo"
 ATTENTIONS = ("self", "cross", "all")
 
 
-class LinearShape(NamedTuple):
+class AdaptedLinear(NamedTuple):
     """An adapted linear of every layer of a stack: its key and its sizes."""
 
     key: str
@@ -36,7 +36,7 @@ def check_lora(lora: LoraSettings) -> None:
         raise UserError(f"method.lora.attention={lora.attention}{nearest(lora.attention, ATTENTIONS)}")
 
 
-def adapted_linears(sizes: StackSizes, targets: str, attention: str) -> list[LinearShape]:
+def adapted_linears(sizes: StackSizes, targets: str, attention: str) -> list[AdaptedLinear]:
     """The linears of one layer that are adapted.
 
     Args:
@@ -44,14 +44,9 @@ def adapted_linears(sizes: StackSizes, targets: str, attention: str) -> list[Lin
         targets: letters among q, k, v and o.
         attention: self, cross or all.
     """
-    inner = sizes.heads * sizes.d_kv
     attentions = ("self", "cross") if sizes.is_decoder else ("self",)
-    return [
-        LinearShape(linear_key(kind, name), *((inner, sizes.d_model) if name == "o" else (sizes.d_model, inner)))
-        for kind in attentions
-        if attention in (kind, "all")
-        for name in targets
-    ]
+    keys = [linear_key(kind, name) for kind in attentions if attention in (kind, "all") for name in targets]
+    return [AdaptedLinear(key, *sizes.linears[key]) for key in keys]
 
 
 def linear_key(attention: str, name: str) -> str:
@@ -60,7 +55,7 @@ def linear_key(attention: str, name: str) -> str:
 
 
 def apply_low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Each instance's own update, applied to its rows: x [R, L, in], down [B, in, r], up [B, r, out] -> [R, L, out]."""
+    """Each instance's own update, applied to its tokens: x [N, in], down [B, in, r], up [B, r, out] -> [N, out]."""
     grouped = group_by_instance(x, down.shape[0])
     return (grouped @ down @ up).reshape(*x.shape[:-1], up.shape[-1])
 
@@ -124,7 +119,7 @@ class GeneratedLora(nn.Module):
         return down, self.up(code).unflatten(-1, (self.rank, self.d_out)) * self.scale
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        """x [R, L, in], code [B, K] -> [R, L, out]."""
+        """x [N, in], code [B, K] -> [N, out]."""
         return apply_low_rank(x, *self.generate(code))
 
 

@@ -8,13 +8,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import T5ForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
 
-from hdscale.bases import inference, packing
-from hdscale.bases.base import load_base, scales_output
+from hdscale.bases import generation
 from hdscale.bases.greedy import Decoded, greedy_decode
-from hdscale.bases.interface import Adaptation
+from hdscale.bases.interface import Adaptation, Base, Encoding, Source
+from hdscale.bases.loading import load_base
 from hdscale.data.batches import IGNORED
 from hdscale.errors import UserError
 from hdscale.modeling.config import HyperdecoderConfig
@@ -22,8 +20,6 @@ from hdscale.modeling.export import check_tasks, copy_trainables, read_config, w
 from hdscale.modeling.hypernetwork import GeneratedAdapterHeads
 from hdscale.modeling.methods import Method, complete_config
 from hdscale.ops.precision import at_least_float32
-
-"""Label of padding, which has no loss."""
 
 
 class ModelOutput(NamedTuple):
@@ -42,12 +38,19 @@ class Encoded(NamedTuple):
     """An encoded batch.
 
     Attributes:
-        hidden: hidden states [B, S, D].
+        hidden: hidden states [B, S, D]; S may be longer than that of the batch, which is padded for a GPU.
+        mask: [B, S], 1 for tokens and 0 for padding.
         adaptation: of the decoder, for this batch.
     """
 
     hidden: Tensor
+    mask: Tensor
     adaptation: Adaptation | None
+
+    @property
+    def encoding(self) -> Encoding:
+        """What the base's decoder sees of the source."""
+        return Encoding(self.hidden, self.mask)
 
     def for_generation(self) -> Adaptation | None:
         """The decoder's adaptation with everything generated once."""
@@ -55,13 +58,13 @@ class Encoded(NamedTuple):
 
 
 class AdaptedModel(nn.Module):
-    """A frozen T5-family model adapted by a method (Section 2).
+    """A frozen base adapted by a method (Section 2).
 
     Build it with `build_model` or `from_pretrained`.
 
     Attributes:
         config: base, method and tasks.
-        base: the transformers model (MT5's class has the same parts as T5's).
+        base: the frozen encoder-decoder.
         method: the method's own module.
         label_smoothing: of the training loss.
     """
@@ -69,7 +72,7 @@ class AdaptedModel(nn.Module):
     def __init__(
         self,
         config: HyperdecoderConfig,
-        base: T5ForConditionalGeneration,
+        base: Base,
         method: Method,
         label_smoothing: float = 0.0,
     ) -> None:
@@ -104,7 +107,7 @@ class AdaptedModel(nn.Module):
             attention_mask: [B, S].
             task_ids: [B], needed by task-conditioned methods.
             source_positions: [L], the indices of the source tokens among the B * S; used with `model.packing` only (see
-                `hdscale.bases.packing.encode`).
+                `hdscale.bases.packing`).
 
         Raises:
             UserError: if a task-conditioned method gets no task ids.
@@ -112,38 +115,22 @@ class AdaptedModel(nn.Module):
         if self.method.needs_tasks and task_ids is None:
             raise UserError(f"method '{self.config.method.name}' is conditioned on tasks: give task_ids")
 
-        without_gradients = self._without_gradients()
+        source = self.base.prepare(Source(input_ids, attention_mask, source_positions))
+        learning = torch.is_grad_enabled() or self.base.training
 
         def run_encoder(adaptation: Adaptation | None) -> Tensor:
-            if without_gradients:
-                return inference.encode(self.base.encoder, input_ids, attention_mask, adaptation)
-            if adaptation is not None:
-                adaptation = adaptation.for_training(input_ids.shape[1])
-            if self.config.model.packing:
-                return packing.encode(self.base.encoder, input_ids, attention_mask, source_positions, adaptation)
-            return self.base.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, adaptation=adaptation
-            ).last_hidden_state
+            if learning and adaptation is not None:
+                adaptation = adaptation.for_training(source.input_ids.shape[1])
+            return self.base.encode(source, adaptation, packed=learning and self.config.model.packing).hidden
 
-        hidden = self.method.encode(run_encoder, attention_mask, task_ids)
-        return Encoded(hidden, self.method.decoder_adaptation(hidden, attention_mask, task_ids))
+        hidden = self.method.encode(run_encoder, source.mask, task_ids)
+        return Encoded(hidden, source.mask, self.method.decoder_adaptation(hidden, source.mask, task_ids))
 
-    def _without_gradients(self) -> bool:
-        """Whether to use the passes without gradients: in evaluation, unless DeepSpeed's stage 3 partitions parameters.
-
-        Stage 3 gathers the parameters of a module in its forward, which these passes do not always call.
-        """
-        encoder = self.base.encoder
-        return not (torch.is_grad_enabled() or encoder.training or hasattr(encoder.final_layer_norm.weight, "ds_id"))
-
-    def decode(
-        self, encoded: Encoded, attention_mask: Tensor, labels: Tensor, target_positions: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def decode(self, encoded: Encoded, labels: Tensor, target_positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits at the label positions only.
 
         Args:
             encoded: the result of `encode`.
-            attention_mask: [B, S].
             labels: [B, T], -100 for padding.
             target_positions: [M], the indices of the labels that are not padding among the B * T (`collate` computes
                 them); default: computed here, for which the host has to wait for a GPU.
@@ -151,23 +138,14 @@ class AdaptedModel(nn.Module):
         Returns:
             logits [M, V] and labels [M] of the M positions that are not padding, row by row.
         """
-        decoder_input = self.base._shift_right(labels)
         adaptation = encoded.adaptation
         if adaptation is not None:
             adaptation = adaptation.for_training(labels.shape[1])
-        hidden = self.base.decoder(
-            input_ids=decoder_input,
-            encoder_hidden_states=encoded.hidden,
-            encoder_attention_mask=attention_mask,
-            use_cache=False,
-            adaptation=adaptation,
-        ).last_hidden_state
+        hidden = self.base.decode(self.base.decoder_inputs(labels), encoded.encoding, adaptation)
         if target_positions is None:
             target_positions = (labels.flatten() != IGNORED).nonzero().squeeze(1)
         hidden = hidden.flatten(0, 1).index_select(0, target_positions)
-        if scales_output(self.base.config):
-            hidden = hidden * self.base.config.d_model**-0.5
-        return self.base.lm_head(hidden), labels.flatten().index_select(0, target_positions)
+        return self.base.head(hidden), labels.flatten().index_select(0, target_positions)
 
     def forward(
         self,
@@ -189,7 +167,7 @@ class AdaptedModel(nn.Module):
             target_positions: [M], see `decode`.
         """
         encoded = self.encode(input_ids, attention_mask, task_ids, source_positions)
-        logits, targets = self.decode(encoded, attention_mask, labels, target_positions)
+        logits, targets = self.decode(encoded, labels, target_positions)
         loss_sum = F.cross_entropy(
             logits.to(at_least_float32(logits.dtype)),
             targets,
@@ -205,7 +183,7 @@ class AdaptedModel(nn.Module):
     ) -> Tensor:
         """Log-likelihood of each row's labels, summed over its tokens: float32 [B]."""
         encoded = self.encode(input_ids, attention_mask, task_ids)
-        logits, targets = self.decode(encoded, attention_mask, labels)
+        logits, targets = self.decode(encoded, labels)
         token = -F.cross_entropy(logits.float(), targets, reduction="none")
         rows = (labels != IGNORED).nonzero()[:, 0]
         return torch.zeros(labels.shape[0], device=token.device).index_add_(0, rows, token)
@@ -213,8 +191,8 @@ class AdaptedModel(nn.Module):
     @torch.no_grad()
     def embed(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """The vector [B, D] that conditions the decoder (e of Eq. 8)."""
-        hidden = self.encode(input_ids, attention_mask, task_ids).hidden
-        return self.method.embed(hidden, attention_mask, task_ids)
+        encoded = self.encode(input_ids, attention_mask, task_ids)
+        return self.method.embed(encoded.hidden, encoded.mask, task_ids)
 
     @torch.no_grad()
     def generate(
@@ -234,17 +212,10 @@ class AdaptedModel(nn.Module):
         Returns:
             token ids [B, T'] (or [B * num_return_sequences, T']), the decoder's start token first.
         """
-        if is_plain_greedy(kwargs) and self._without_gradients():
+        if is_plain_greedy(kwargs):
             return self._greedy(input_ids, attention_mask, task_ids, kwargs, scored=False).ids
         encoded = self.encode(input_ids, attention_mask, task_ids)
-        base: Any = self.base  # transformers types `generate` for decoder-only models
-        ids = base.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
-            attention_mask=attention_mask,
-            adaptation=encoded.for_generation(),
-            **kwargs,
-        )
-        return cast(Tensor, ids)
+        return generation.generate(self.base, encoded.encoding, encoded.for_generation(), **kwargs)
 
     @torch.no_grad()
     def generate_with_scores(
@@ -254,7 +225,7 @@ class AdaptedModel(nn.Module):
 
         With plain greedy search the scores need no further pass.
         """
-        if is_plain_greedy(kwargs) and self._without_gradients():
+        if is_plain_greedy(kwargs):
             found = self._greedy(input_ids, attention_mask, task_ids, kwargs, scored=True)
             assert found.scores is not None
             return found.ids, found.scores
@@ -277,7 +248,7 @@ class AdaptedModel(nn.Module):
         encoded = self.encode(input_ids, attention_mask, task_ids)
         lengths = {name: arguments[name] for name in ("max_new_tokens", "min_new_tokens") if name in arguments}
         adaptation = encoded.for_generation()
-        return greedy_decode(self.base, encoded.hidden, attention_mask, adaptation, scored=scored, **lengths)
+        return greedy_decode(self.base, encoded.encoding, adaptation, scored=scored, **lengths)
 
     def trainable_names(self) -> list[str]:
         """Names of the trainable parameters, in the model's order."""

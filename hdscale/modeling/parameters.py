@@ -43,7 +43,7 @@ def count_parameters(model: AdaptedModel) -> ParameterCount:
         parts["base"] = rest
     seen: set[int] = set()
     base_parts = {}
-    for name in ("shared", "encoder", "decoder", "lm_head"):
+    for name in model.base.part_names:
         own = [p for p in model.base.get_submodule(name).parameters() if id(p) not in seen]
         seen |= {id(p) for p in own}
         base_parts["embeddings" if name == "shared" else name] = sum(p.numel() for p in own)

@@ -70,30 +70,30 @@ def generate_adapter_weights(code: Tensor, heads: AdapterHeads) -> AdapterWeight
 
 
 def group_by_instance(x: Tensor, instances: int) -> Tensor:
-    """The rows of an instance's beams as tokens of one matrix: x [R, L, C] -> [B, R / B * L, C], without a copy.
+    """The tokens of each instance as one matrix: x [N, C] or [R, L, C] -> [B, N / B, C], without a copy.
 
-    Row r belongs to instance r // (R / B): the layout of beam search, where the beams of an instance are adjacent.
+    The tokens of an instance are adjacent. So are its beams: row r belongs to instance r // (R / B).
 
     Raises:
-        ValueError: if R is not a multiple of B.
+        ValueError: if the rows cannot be divided evenly among B instances.
     """
     rows = x.shape[0]
-    if rows == instances:
+    if x.dim() == 3 and rows == instances:
         return x
-    if instances == 0 or rows % instances:
+    if (instances == 0 and rows) or (instances and rows % instances):
         raise ValueError(f"{rows} rows cannot be divided evenly among {instances} instances")
-    return x.reshape(instances, rows // instances * x.shape[1], x.shape[2])
+    return x.reshape(instances, x.numel() // max(instances * x.shape[-1], 1), x.shape[-1])
 
 
 def apply_adapter(x: Tensor, weights: AdapterWeights) -> Tensor:
     """Apply generated adapters, one per instance, to R rows of tokens.
 
     Args:
-        x: hidden states [R, T, D]; R is B, or B times the number of beams (see `group_by_instance`).
+        x: hidden states [N, D] or [R, T, D] (see `group_by_instance`).
         weights: the adapters of B instances.
 
     Returns:
-        [R, T, D], without the residual.
+        the same shape as x, without the residual.
 
     Raises:
         ValueError: if R is not a multiple of B.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hdscale.bases.base import base_config
+from hdscale.bases.sizes import base_config
 from hdscale.config import Config
 from hdscale.modeling.model import build_model
 from hdscale.modeling.parameters import ParameterCount, count_parameters

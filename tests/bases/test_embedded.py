@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hdscale.bases.base import load_base
+from hdscale.bases.loading import load_base
 from hdscale.bases.embedded import asset_folder
 from hdscale.bases.settings import ModelSettings
 from hdscale.data.tasks.quickstart.language import documents

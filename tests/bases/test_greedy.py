@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.modeling_outputs import BaseModelOutput
 
-from hdscale.bases import greedy
+from hdscale.bases import generation, greedy
+from hdscale.bases.interface import Encoding
+from hdscale.bases.t5 import NextTokens
 from hdscale.modeling import build_model
 from tests.helpers.adapted import METHODS, SIZES, method_config, random_batch, relative_error, shaken, tiny_base
 
-FAMILIES = ("v1.0", "v1.1", "mt5")
+FAMILIES = ("v1.0", "v1.1", "mt5", "umt5")
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +30,8 @@ def ending_sooner(model, size=2.0):
 def by_transformers(model, batch, **arguments):
     with torch.no_grad():
         encoded = model.encode(batch["input_ids"], batch["attention_mask"], batch["task_ids"])
-        return model.base.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden), attention_mask=batch["attention_mask"],
-            adaptation=encoded.adaptation, do_sample=False, **arguments,
-        )  # fmt: skip
+        # the adapters are generated again at each token
+        return generation.generate(model.base, encoded.encoding, encoded.adaptation, do_sample=False, **arguments)
 
 
 @pytest.mark.parametrize("project", [True, False])
@@ -48,7 +47,7 @@ def test_tokens_are_those_of_transformers_generate(bases, name, project):
                 encoded = model.encode(batch["input_ids"], batch["attention_mask"], batch["task_ids"])
                 adaptation = encoded.adaptation.for_generation() if encoded.adaptation is not None else None
                 found = greedy.greedy_decode(
-                    model.base, encoded.hidden, batch["attention_mask"], adaptation, 6, least, project_source=project
+                    model.base, encoded.encoding, adaptation, 6, least, project_source=project
                 )
             assert torch.equal(found.ids, expected)
 
@@ -88,14 +87,13 @@ def test_rows_that_have_ended_are_dropped(bases, monkeypatch, name, late):
     method, options = METHODS[name]
     dropped = 0
 
-    class Watched(greedy.TokenDecoder):
-        def keep(self, rows):
-            nonlocal dropped
-            kept = super().keep(rows)
-            dropped += kept
-            return kept
+    def keep(self, rows, keep=NextTokens.keep):
+        nonlocal dropped
+        kept = keep(self, rows)
+        dropped += kept
+        return kept
 
-    monkeypatch.setattr(greedy, "TokenDecoder", Watched)
+    monkeypatch.setattr(NextTokens, "keep", keep)
     for seed in range(4):
         one, two, three = random_batch(seed), random_batch(seed + 50), random_batch(seed + 90)
         batch = {key: torch.cat([one[key], two[key], three[key]]) for key in one}
@@ -118,10 +116,11 @@ def test_some_instances_of_an_adaptation(bases, name):
     with torch.no_grad():
         encoded = model.encode(batch["input_ids"], batch["attention_mask"], batch["task_ids"])
         adaptation = encoded.adaptation.for_generation() if encoded.adaptation is not None else None
-        whole = greedy.greedy_decode(model.base, encoded.hidden, batch["attention_mask"], adaptation, 6)
+        whole = greedy.greedy_decode(model.base, encoded.encoding, adaptation, 6)
         some = adaptation.select(rows) if adaptation is not None else None
         assert adaptation is None or some is not None
-        found = greedy.greedy_decode(model.base, encoded.hidden[rows], batch["attention_mask"][rows], some, 6)
+        part = Encoding(encoded.hidden[rows], encoded.mask[rows])
+        found = greedy.greedy_decode(model.base, part, some, 6)
     assert torch.equal(found.ids, whole.ids[rows][:, : found.ids.shape[1]])
 
 

@@ -13,6 +13,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm, T5Stack
 
 from hdscale.bench import decode, report, rows, scaling, variants
 from hdscale.bench.options import DecodeOptions, ReportOptions, ScalingOptions
+from hdscale.bench.released import ReleasedModel
 from hdscale.bench.scaling_rank import CollectiveCounter, size_of
 from hdscale.commands.arguments import add_options, read_options
 from hdscale.commands.cli import main
@@ -119,19 +120,21 @@ def test_both_sides_decode_every_row_once():
 
 
 def test_the_released_manner_runs_transformers_modules():
-    config = variants.hyperdecoder_settings("tiny-1", attention="eager", backend="torch")
-    model, ours = (
-        variants.as_released(build_model(config)).eval(),
-        build_model(variants.hyperdecoder_settings("tiny-1")).eval(),
-    )
-    kinds = {type(module) for module in model.base.modules()}
-    assert {T5Stack, T5Attention, T5LayerNorm, NewGELUActivation} <= kinds
+    ours = build_model(variants.hyperdecoder_settings("tiny-1", backend="torch")).eval()
+    with torch.no_grad():
+        for parameter in ours.method.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    released = ReleasedModel(ours)
+    assert {T5Stack, T5Attention, T5LayerNorm, NewGELUActivation} <= {type(m) for m in released.theirs.modules()}
+    assert sum(p.numel() for p in released.theirs.parameters()) == sum(p.numel() for p in ours.base.parameters())
     ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids[:, :3]}
     with torch.no_grad():
-        found = variants.released_encode(model, ids, mask).hidden[mask.bool()]
+        found = released.encode(ids, mask)[mask.bool()]
         assert torch.allclose(found, ours.encode(ids, mask).hidden[mask.bool()], rtol=1e-4, atol=1e-4)
+        assert float(released.loss_sum(batch)) == pytest.approx(float(ours(**batch).loss_sum), rel=1e-5)
 
 
 def test_data(bench, tmp_path):

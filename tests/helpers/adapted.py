@@ -64,17 +64,20 @@ def method_config(base: Path | str, name: str = "hyperdecoder", tasks: list[str]
 
 
 def tiny_base(folder: Path, family: str = "v1.1") -> Path:
-    """A tiny checkpoint with a small vocabulary: v1.0, v1.1 or mt5."""
-    if family != "mt5":
+    """A tiny checkpoint with a small vocabulary: v1.0, v1.1, mt5 or umt5."""
+    if family not in ("mt5", "umt5"):
         return save_tiny_t5(folder, vocabulary=VOCABULARY, tied=family == "v1.0")
-    from transformers import MT5Config, MT5ForConditionalGeneration
+    from transformers import MT5Config, MT5ForConditionalGeneration, UMT5Config, UMT5ForConditionalGeneration
 
-    config = MT5Config(
+    config_class, model_class = {
+        "mt5": (MT5Config, MT5ForConditionalGeneration), "umt5": (UMT5Config, UMT5ForConditionalGeneration)
+    }[family]  # fmt: skip
+    config = config_class(
         vocab_size=VOCABULARY, d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=2, decoder_start_token_id=0
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = MT5ForConditionalGeneration(config)
+        model = model_class(config)
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.2)
     model.save_pretrained(folder)
     return folder
@@ -113,7 +116,7 @@ def model_logits(model: AdaptedModel, batch: dict[str, torch.Tensor]) -> torch.T
     """Logits [M, V] of the batch's label positions."""
     with torch.no_grad():
         encoded = model.encode(batch["input_ids"], batch["attention_mask"], batch["task_ids"])
-        return model.decode(encoded, batch["attention_mask"], batch["labels"])[0]
+        return model.decode(encoded, batch["labels"])[0]
 
 
 def direct_logits(

@@ -81,7 +81,9 @@ class DirectT5:
             part = slice(head * size, (head + 1) * size)
             score = query[:, part] @ key[:, part].T
             if kind == "self":
-                table = self.weights[f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+                # UMT5 has biases in every layer, the others in the first
+                own = layer if self.config.model_type == "umt5" else 0
+                table = self.weights[f"{side}.block.{own}.layer.0.SelfAttention.relative_attention_bias.weight"]
                 for i in range(query.shape[0]):
                     for j in range(source.shape[0]):
                         where = bucket(

@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hdscale.bases.base import load_base
+from hdscale.bases.loading import load_base
 from hdscale.bases.blocks import adapt_blocks
 from hdscale.bases.settings import ModelSettings
 from hdscale.errors import UserError
@@ -107,7 +107,7 @@ def change_config(folder: Path, **values) -> None:
 # and the peak while loading, sampled by the kernel.
 RANK = """
 import sys, threading, time, json, torch
-from hdscale.bases.base import load_base
+from hdscale.bases.loading import load_base
 from hdscale.bases.settings import ModelSettings
 import transformers
 

@@ -25,7 +25,7 @@ import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
 
-from hdscale.bases.base import untie_head
+from hdscale.bases.loading import untie_head
 from hdscale.data.tasks.quickstart.language import documents
 from tools.quickstart.tokenizer import SENTINELS, train_tokenizer
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from hdscale.bases.base import load_base
+from hdscale.bases.loading import load_base
 from hdscale.bases.settings import ModelSettings
 from hdscale.errors import UserError, nearest
 from hdscale.modeling.config import HyperdecoderConfig

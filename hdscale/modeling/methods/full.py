@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
-
+from hdscale.bases.interface import Base
 from hdscale.modeling.methods.interface import Method
 from hdscale.modeling.settings import MethodSettings
 
@@ -17,5 +16,5 @@ class FullFinetuning(Method):
     def encoder_knows_instances(cls, settings: MethodSettings) -> bool:
         return False
 
-    def base_trainables(self, base: nn.Module) -> list[str]:
+    def base_trainables(self, base: Base) -> list[str]:
         return [name for name, _ in base.named_parameters()]

@@ -13,16 +13,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import T5ForConditionalGeneration
 
-from hdscale.bases.base import architecture, stack_sizes
-from hdscale.bases.interface import (
-    Adaptation,
-    ComposedAdaptation,
-    LayerwiseAdaptation,
-    ScaledAdaptation,
-    StackSizes,
-)
+from hdscale.bases.adaptations import ComposedAdaptation, LayerwiseAdaptation, ScaledAdaptation
+from hdscale.bases.interface import Adaptation, Base, StackSizes
+from hdscale.bases.sizes import architecture, stack_sizes
 from hdscale.errors import UserError, nearest
 from hdscale.modeling.adapters import ManualAdaptation, ManualAdapters
 from hdscale.modeling.conditioning import EncodingEmbedding, TaskEmbedding, masked_mean
@@ -194,10 +188,10 @@ def generating_heads(settings: SideSettings, method: MethodSettings, sizes: Stac
 class Hyperdecoder(Method):
     """The hyperdecoder (Sections 2.1-2.3), and every other cell of the grid of Tables 8 and 13."""
 
-    def __init__(self, config: HyperdecoderConfig, base: T5ForConditionalGeneration) -> None:
+    def __init__(self, config: HyperdecoderConfig, base: Base) -> None:
         super().__init__(config, base)
-        self.encoder = Side("encoder", config, stack_sizes(base.config, "encoder"))
-        self.decoder = Side("decoder", config, stack_sizes(base.config, "decoder"))
+        self.encoder = Side("encoder", config, base.sizes("encoder"))
+        self.decoder = Side("decoder", config, base.sizes("decoder"))
         self.needs_tasks = "task" in (self.encoder.kind, self.decoder.kind)
 
     @classmethod

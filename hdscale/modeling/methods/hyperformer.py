@@ -14,10 +14,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import T5ForConditionalGeneration
 
-from hdscale.bases.base import stack_sizes
-from hdscale.bases.interface import Adaptation, StackSizes
+from hdscale.bases.interface import Adaptation, Base, StackSizes
 from hdscale.errors import UserError, nearest
 from hdscale.modeling.conditioning import TaskEmbedding, task_rows, with_unseen_task
 from hdscale.modeling.config import HyperdecoderConfig
@@ -46,7 +44,7 @@ class NormedAdapters(NamedTuple):
 
 
 def apply_normed_adapter(y: Tensor, weights: NormedAdapters) -> Tensor:
-    """`y + LayerNorm(up(gelu(down(y))))`: y [R, T, D], adapters of B instances -> [R, T, D]."""
+    """`y + LayerNorm(up(gelu(down(y))))`: tokens y [N, D], adapters of B instances -> [N, D]."""
     grouped = group_by_instance(y, weights.down.shape[0])
     hidden = torch.baddbmm(weights.down_bias.unsqueeze(1), grouped, weights.down)
     hidden = functional.gelu(hidden, approximate="tanh")
@@ -83,7 +81,7 @@ class NormedAdapterHeads(nn.Module):
         )
 
     def forward(self, y: Tensor, codes: Tensor, index: Tensor) -> Tensor:
-        """y [B, T, D], codes [tasks, code], index [B] into them -> [B, T, D]; generated per task, not per instance."""
+        """y [N, D], codes [tasks, code], index [B] into them -> [N, D]; generated per task, not per instance."""
         return apply_normed_adapter(y, self.generate(codes).rows(index))
 
 
@@ -154,6 +152,8 @@ class HyperformerStack(nn.Module):
 class HyperformerAdaptation(Adaptation):
     """Adapters after the sub-layers, from codes [N, places or 1, tasks, code] and each instance's task [B]."""
 
+    adapts_outputs = True
+
     def __init__(self, stack: HyperformerStack, codes: Tensor, index: Tensor) -> None:
         self.stack, self.codes, self.index = stack, codes, index
 
@@ -184,6 +184,8 @@ class HyperformerAdaptation(Adaptation):
 class CachedHyperformerAdaptation(Adaptation):
     """Adapters of B instances, generated once: [layer][place]."""
 
+    adapts_outputs = True
+
     def __init__(self, layers: list[list[NormedAdapters]]) -> None:
         self.layers = layers
 
@@ -203,12 +205,12 @@ class Hyperformer(Method):
     needs_tasks = True
     trains_base = True
 
-    def __init__(self, config: HyperdecoderConfig, base: T5ForConditionalGeneration) -> None:
+    def __init__(self, config: HyperdecoderConfig, base: Base) -> None:
         super().__init__(config, base)
         settings, form = config.method.hyperformer, self.form(config)
         self.task_embedding = TaskEmbedding(len(config.tasks), settings.embedding)
-        self.encoder = HyperformerStack(form, settings, stack_sizes(base.config, "encoder"))
-        self.decoder = HyperformerStack(form, settings, stack_sizes(base.config, "decoder"))
+        self.encoder = HyperformerStack(form, settings, base.sizes("encoder"))
+        self.decoder = HyperformerStack(form, settings, base.sizes("decoder"))
 
     @classmethod
     def form(cls, config: HyperdecoderConfig) -> str:
@@ -245,8 +247,8 @@ class Hyperformer(Method):
     def decoder_adaptation(self, hidden: Tensor, mask: Tensor, task_ids: Tensor | None) -> Adaptation:
         return self.decoder.adaptation(*self.tasks_and_index(task_ids))
 
-    def base_trainables(self, base: nn.Module) -> list[str]:
-        return [name for name, _ in base.named_parameters() if name.endswith("layer_norm.weight")]
+    def base_trainables(self, base: Base) -> list[str]:
+        return base.norm_names()
 
 
 class HyperformerPlusPlus(Hyperformer):

@@ -19,10 +19,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import T5ForConditionalGeneration
 
-from hdscale.bases.base import stack_sizes
-from hdscale.bases.interface import Adaptation, StackSizes
+from hdscale.bases.interface import Adaptation, Base, StackSizes
 from hdscale.errors import UserError, nearest
 from hdscale.modeling.conditioning import task_rows, with_unseen_task
 from hdscale.modeling.config import HyperdecoderConfig
@@ -129,12 +127,12 @@ class HyperPrompt(Method):
     needs_tasks = True
     trains_base = True
 
-    def __init__(self, config: HyperdecoderConfig, base: T5ForConditionalGeneration) -> None:
+    def __init__(self, config: HyperdecoderConfig, base: Base) -> None:
         super().__init__(config, base)
         settings, tasks = config.method.hyperprompt, len(config.tasks)
         self.tune_base = settings.tune_base
-        self.encoder = PromptStack(settings, stack_sizes(base.config, "encoder"), tasks)
-        self.decoder = PromptStack(settings, stack_sizes(base.config, "decoder"), tasks)
+        self.encoder = PromptStack(settings, base.sizes("encoder"), tasks)
+        self.decoder = PromptStack(settings, base.sizes("decoder"), tasks)
 
     @classmethod
     def options(cls, settings: MethodSettings) -> list[str]:
@@ -166,5 +164,5 @@ class HyperPrompt(Method):
     def decoder_adaptation(self, hidden: Tensor, mask: Tensor, task_ids: Tensor | None) -> Adaptation:
         return self.decoder(required(task_ids))
 
-    def base_trainables(self, base: nn.Module) -> list[str]:
+    def base_trainables(self, base: Base) -> list[str]:
         return [name for name, _ in base.named_parameters()] if self.tune_base else []

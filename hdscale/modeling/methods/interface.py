@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import T5ForConditionalGeneration
 
-from hdscale.bases.interface import Adaptation
+from hdscale.bases.interface import Adaptation, Base
 from hdscale.modeling.conditioning import masked_mean
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.settings import MethodSettings
@@ -22,7 +21,7 @@ class Method(nn.Module):
 
     Args:
         config: base, method and tasks.
-        base: the base model (already frozen); only its configuration and modules may be read.
+        base: the base model (already frozen); only its sizes may be read.
     """
 
     needs_tasks = False
@@ -33,7 +32,7 @@ class Method(nn.Module):
     fixed: dict[str, Any] = {}
     """Options of `method.*` whose values follow from the method's name."""
 
-    def __init__(self, config: HyperdecoderConfig, base: T5ForConditionalGeneration) -> None:
+    def __init__(self, config: HyperdecoderConfig, base: Base) -> None:
         super().__init__()
 
     @classmethod
@@ -81,7 +80,7 @@ class Method(nn.Module):
         """Number of trainable parameters by part of the method, for `hdscale params`."""
         return {name: sum(p.numel() for p in module.parameters()) for name, module in self.named_children()}
 
-    def base_trainables(self, base: nn.Module) -> list[str]:
+    def base_trainables(self, base: Base) -> list[str]:
         """Names of the base's own parameters that the method trains (for most methods none)."""
         return []
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from transformers import T5ForConditionalGeneration
 
-from hdscale.bases.base import stack_sizes
-from hdscale.bases.interface import Adaptation, StackSizes
+from hdscale.bases.interface import Adaptation, Base, StackSizes
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.lora import LoraAdaptation, LoraLinear, adapted_linears, check_lora
 from hdscale.modeling.methods.interface import Method, RunEncoder
@@ -26,10 +24,10 @@ def lora_layers(lora: LoraSettings, sizes: StackSizes) -> nn.ModuleList:
 class Lora(Method):
     """Learned updates that all tasks share."""
 
-    def __init__(self, config: HyperdecoderConfig, base: T5ForConditionalGeneration) -> None:
+    def __init__(self, config: HyperdecoderConfig, base: Base) -> None:
         super().__init__(config, base)
-        self.encoder = lora_layers(config.method.lora, stack_sizes(base.config, "encoder"))
-        self.decoder = lora_layers(config.method.lora, stack_sizes(base.config, "decoder"))
+        self.encoder = lora_layers(config.method.lora, base.sizes("encoder"))
+        self.decoder = lora_layers(config.method.lora, base.sizes("decoder"))
 
     @classmethod
     def options(cls, settings: MethodSettings) -> list[str]:

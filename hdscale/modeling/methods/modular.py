@@ -13,10 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.distributions import RelaxedBernoulli
-from transformers import T5ForConditionalGeneration
 
-from hdscale.bases.base import stack_sizes
-from hdscale.bases.interface import Adaptation, StackSizes
+from hdscale.bases.interface import Adaptation, Base, StackSizes
 from hdscale.errors import UserError
 from hdscale.modeling.conditioning import task_rows, with_unseen_task
 from hdscale.modeling.config import HyperdecoderConfig
@@ -46,7 +44,7 @@ class SkillLora(nn.Module):
         return down, (weights @ self.up.flatten(1)).unflatten(-1, self.up.shape[1:]) * self.scale
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """x [R, L, in], weights [B, skills] -> [R, L, out]."""
+        """x [N, in], weights [B, skills] -> [N, out]."""
         return apply_low_rank(x, *self.combine(weights))
 
 
@@ -131,11 +129,11 @@ class Modular(Method):
 
     needs_tasks = True
 
-    def __init__(self, config: HyperdecoderConfig, base: T5ForConditionalGeneration) -> None:
+    def __init__(self, config: HyperdecoderConfig, base: Base) -> None:
         super().__init__(config, base)
         self.rate = config.method.modular.learning_rate
-        self.encoder = SkillStack(config, stack_sizes(base.config, "encoder"))
-        self.decoder = SkillStack(config, stack_sizes(base.config, "decoder"))
+        self.encoder = SkillStack(config, base.sizes("encoder"))
+        self.decoder = SkillStack(config, base.sizes("decoder"))
 
     @classmethod
     def options(cls, settings: MethodSettings) -> list[str]:

@@ -1,0 +1,418 @@
+"""T5, mT5 and UMT5: one forward for padded and packed tokens, whole rows and cached ones, training and inference.
+
+A stack runs over flat tokens [N, D]; what knows about rows, packing and caches is an attention object (see
+`hdscale.bases.attention`), and the hooks of an adaptation are called in `Layer.forward` alone. Modules and parameters
+have the names that they have in transformers; with `adaptation=None` the results are transformers', up to rounding.
+
+The residual stays open between sub-layers: x and the last output y travel separately, and `add_norm` closes them where
+the next norm is computed, in one place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
+
+from hdscale.bases.attention import CrossAttention, Heads, SelfAttention, WholeRows, causal
+from hdscale.bases.caches import KeptSource, LibraryCache, LibrarySource, NextToken, kept_dtype
+from hdscale.bases.cross_attention import DECODING_GAIN, Projected, Unprojected, few_targets
+from hdscale.bases.interface import Adaptation, Base, Encoding, LinearShape, Source, StackSizes, TokenDecoder
+from hdscale.bases.linears import together
+from hdscale.bases.packing import Packed
+from hdscale.bases.positions import ALIGNMENT, Buckets, source_mask
+from hdscale.bases.steps import Steps, activation, add_norm, compiled, norm
+from hdscale.ops.precision import at_least_float32
+
+
+class Attention(nn.Module):
+    """The linears of an attention, and the biases [buckets, H] of its relative positions if it has any of its own."""
+
+    def __init__(self, config: PretrainedConfig, has_bias: bool) -> None:
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.has_bias = has_bias
+        if has_bias:
+            self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+
+
+class FeedForward(nn.Module):
+    """The linears of a feed-forward, with one input product or, if gated, two."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        for name in ("wi_0", "wi_1") if config.is_gated_act else ("wi",):
+            self.add_module(name, nn.Linear(config.d_model, config.d_ff, bias=False))
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def inputs(self) -> list[nn.Linear]:
+        """The linears that read the feed-forward's input."""
+        return [cast(nn.Linear, module) for name, module in self.named_children() if name != "wo"]
+
+
+class Norm(nn.Module):
+    """The weight of a norm."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.epsilon = config.layer_norm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm(x, self.weight, self.epsilon)
+
+
+class SubLayer(nn.Module):
+    """One sub-layer with its norm, under the names of transformers.
+
+    Args:
+        name: of the attention or feed-forward.
+        module: it.
+        config: of the base.
+    """
+
+    layer_norm: Norm
+
+    def __init__(self, name: str, module: nn.Module, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.add_module(name, module)
+        self.layer_norm = Norm(config)
+
+
+class Parts(NamedTuple):
+    """The modules of a layer that its forward uses."""
+
+    own: Attention
+    cross: Attention | None
+    feed_forward: FeedForward
+    inputs: list[nn.Linear]
+    norms: list[Norm]
+
+
+class Layer(nn.Module):
+    """One layer of a stack: self-attention, in the decoder cross-attention, feed-forward.
+
+    Args:
+        config: of the base.
+        index: of the layer in its stack.
+        is_decoder: whether it has cross-attention.
+    """
+
+    gathered_whole = True
+    """DeepSpeed's stage 3 gathers all weights of a layer together: which of them a pass uses can depend on lengths,
+    and ranks with different lengths must gather the same."""
+
+    def __init__(self, config: PretrainedConfig, index: int, is_decoder: bool) -> None:
+        super().__init__()
+        # T5's layers share the biases of the first one, each of UMT5's has its own
+        own = Attention(config, has_bias=index == 0 or config.model_type == "umt5")
+        cross = Attention(config, has_bias=False) if is_decoder else None
+        feed_forward = FeedForward(config)
+        parts: list[tuple[str, nn.Module]] = [("SelfAttention", own), ("DenseReluDense", feed_forward)]
+        if cross is not None:
+            parts.insert(1, ("EncDecAttention", cross))
+        subs = [SubLayer(name, module, config) for name, module in parts]
+        self.layer = nn.ModuleList(subs)
+        self.index, self.is_decoder, self.epsilon = index, is_decoder, config.layer_norm_epsilon
+        self.steps = Steps(add_norm, activation(config.dense_act_fn, config.is_gated_act))
+        # the same modules once more, not registered again: looking them up by name takes time in every pass
+        self.parts = Parts(own, cross, feed_forward, feed_forward.inputs(), [sub.layer_norm for sub in subs])
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        mask: Tensor | None,
+        attend: SelfAttention,
+        cross: CrossAttention | None,
+        adaptation: Adaptation | None,
+        dropout: float,
+        closed: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Run the layer over tokens [N, D].
+
+        Args:
+            x: the residual stream.
+            y: the output of the layer before, still to be added to x.
+            mask: what is added to the scores of self-attention; None before the first layer.
+            attend, cross: the attentions; cross in the decoder.
+            adaptation: of the stack.
+            dropout: of the outputs of the sub-layers and inside the feed-forward.
+            closed: add the layer's output to x.
+
+        Returns:
+            x, the layer's output to be added to it (None if `closed`), mask.
+        """
+        parts, steps, epsilon = self.parts, self.steps, self.epsilon
+        if parts.own.has_bias:
+            mask = attend.mask(parts.own.relative_attention_bias.weight)
+        assert mask is not None
+        x, normed = steps.add_norm(x, y, parts.norms[0].weight, epsilon, dropout)
+        y = self.attend_to_itself(parts.own, normed, mask, attend, adaptation)
+        if cross is not None:
+            assert parts.cross is not None
+            x, normed = steps.add_norm(x, y, parts.norms[1].weight, epsilon, dropout)
+            y = self.attend_to_source(parts.cross, normed, cross, adaptation)
+        x, normed = steps.add_norm(x, y, parts.norms[-1].weight, epsilon, dropout)
+        hidden = steps.activation(together(normed, *parts.inputs), dropout)
+        y = F.linear(hidden, parts.feed_forward.wo.weight)
+        if adaptation is not None:
+            if adaptation.adapts_outputs:
+                y = adaptation.after_feed_forward(self.index, y)
+            branch = adaptation.parallel(self.index, x, normed)
+            if branch is not None:
+                x = x + branch
+        return (add(x, y, dropout), None, mask) if closed else (x, y, mask)
+
+    def attend_to_itself(
+        self, attention: Attention, x: Tensor, mask: Tensor, attend: SelfAttention, adaptation: Adaptation | None
+    ) -> Tensor:
+        """The output [N, D] of self-attention."""
+        query, key, value = together(x, attention.q, attention.k, attention.v)
+        prefix, adapted = None, adaptation is not None and adaptation.adapts_attention
+        if adapted:
+            assert adaptation is not None
+            query, key, value = (
+                adaptation.projection(self.index, "self", name, x, projected)
+                for name, projected in (("q", query), ("k", key), ("v", value))
+            )
+            prefix = adaptation.prefix(self.index)
+        mixed = attend(self.index, query, key, value, mask, prefix)
+        y = F.linear(mixed, attention.o.weight)
+        if adaptation is not None:
+            if adapted:
+                y = adaptation.projection(self.index, "self", "o", mixed, y)
+            if adaptation.adapts_outputs:
+                y = adaptation.after_self_attention(self.index, y)
+        return y
+
+    def attend_to_source(
+        self, attention: Attention, x: Tensor, cross: CrossAttention, adaptation: Adaptation | None
+    ) -> Tensor:
+        """The output [N, D] of cross-attention."""
+        query = F.linear(x, attention.q.weight)
+        if adaptation is None or not adaptation.adapts_attention:
+            return F.linear(cross(self.index, query, attention.k, attention.v, None), attention.o.weight)
+        query = adaptation.projection(self.index, "cross", "q", x, query)
+        mixed = cross(self.index, query, attention.k, attention.v, adaptation)
+        return adaptation.projection(self.index, "cross", "o", mixed, F.linear(mixed, attention.o.weight))
+
+
+def add(x: Tensor, y: Tensor | None, dropout: float) -> Tensor:
+    """x + dropout(y)."""
+    if y is None:
+        return x
+    return x + (F.dropout(y, dropout) if dropout else y)
+
+
+class Stack(nn.Module):
+    """The encoder or the decoder.
+
+    Args:
+        config: of the base.
+        embeddings: of the tokens, which both stacks share.
+        is_decoder: whether it is the decoder.
+    """
+
+    def __init__(self, config: PretrainedConfig, embeddings: nn.Embedding, is_decoder: bool) -> None:
+        super().__init__()
+        layers = config.num_decoder_layers if is_decoder else config.num_layers
+        self.embed_tokens = embeddings
+        self.block = nn.ModuleList(Layer(config, index, is_decoder) for index in range(layers))
+        self.final_layer_norm = Norm(config)
+        self.dropout_rate = config.dropout_rate
+        self.recompute = False
+
+    @property
+    def dropout(self) -> float:
+        """The active rate of dropout."""
+        return self.dropout_rate if self.training else 0.0
+
+    def forward(
+        self, ids: Tensor, attend: SelfAttention, cross: CrossAttention | None, adaptation: Adaptation | None
+    ) -> Tensor:
+        """Token ids [N] -> [N, D]."""
+        dropout = self.dropout
+        x = self.embed_tokens(ids)
+        if dropout:
+            x = F.dropout(x, dropout)
+        y: Tensor | None = None
+        mask: Tensor | None = None
+        recompute = self.recompute and torch.is_grad_enabled()
+        for layer in self.block:
+            if recompute:
+                # closed, so that only x is kept between the layers
+                x, y, mask = checkpoint(
+                    layer, x, None, mask, attend, cross, adaptation, dropout, True, use_reentrant=False
+                )
+            else:
+                x, y, mask = layer(x, y, mask, attend, cross, adaptation, dropout)
+        x = self.final_layer_norm(add(x, y, dropout))
+        return F.dropout(x, dropout) if dropout else x
+
+
+class T5(Base):
+    """A base of T5's family (Raffel et al. 2020; mT5: Xue et al. 2021; UMT5: Chung et al. 2023).
+
+    Args:
+        config: of transformers.
+        own_head: whether the head has weights of its own (from v1.1 on) or those of the embeddings.
+    """
+
+    part_names = ("shared", "encoder", "decoder", "lm_head")
+
+    def __init__(self, config: PretrainedConfig, own_head: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, self.shared, is_decoder=False)
+        self.decoder = Stack(config, self.shared, is_decoder=True)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if not own_head:
+            self.lm_head.weight = self.shared.weight
+        self.output_scale = config.d_model**-0.5 if scales_output(config, own_head) else 1.0
+        self.requires_grad_(False)
+
+    @classmethod
+    def stack_sizes(cls, config: PretrainedConfig, stack: str) -> StackSizes:
+        is_decoder = stack == "decoder"
+        inner = config.num_heads * config.d_kv
+        into, out = LinearShape(config.d_model, inner), LinearShape(inner, config.d_model)
+        attentions = ("self", "cross") if is_decoder else ("self",)
+        linears = {f"{kind}_{name}": out if name == "o" else into for kind in attentions for name in "qkvo"}
+        layers = config.num_decoder_layers if is_decoder else config.num_layers
+        return StackSizes(layers, config.d_model, config.num_heads, config.d_kv, is_decoder, linears)
+
+    def norm_names(self) -> list[str]:
+        return [name for name, _ in self.named_parameters() if name.endswith("layer_norm.weight")]
+
+    def heads(self, stack: Stack, attention_dropout: bool = True) -> Heads:
+        """How the attentions of a stack compute in the present mode."""
+        config = self.config
+        explicit = config._attn_implementation == "eager"
+        return Heads(config.num_heads, config.d_kv, explicit, stack.dropout if attention_dropout else 0.0)
+
+    def buckets(self, stack: Stack) -> Buckets:
+        """How the relative positions of a stack share biases."""
+        config = self.config
+        return Buckets(
+            config.relative_attention_num_buckets, config.relative_attention_max_distance, stack is self.encoder
+        )
+
+    def prepare(self, source: Source) -> Source:
+        ids, mask, positions = source
+        length = ids.shape[1]
+        if ids.device.type == "cpu" or length % ALIGNMENT == 0:
+            return source
+        extra = -length % ALIGNMENT
+        if positions is not None:
+            positions = positions + positions // length * extra
+        return Source(F.pad(ids, (0, extra)), F.pad(mask, (0, extra)), positions)
+
+    def encode(self, source: Source, adaptation: Adaptation | None = None, packed: bool = False) -> Encoding:
+        stack = self.encoder
+        if packed:
+            # FlexAttention has no dropout of probabilities; packing does without it on every device
+            whole = Packed(self.heads(stack, attention_dropout=False), source, self.buckets(stack))
+            hidden = whole.padded(stack(whole.tokens(source.input_ids), whole, None, adaptation))
+            return Encoding(hidden, source.mask)
+        rows, length = source.input_ids.shape
+        visible = source.mask[:, None, None, :].bool()
+        attend = WholeRows(self.heads(stack), rows, self.buckets(stack), visible)
+        hidden = stack(source.input_ids.flatten(), attend, None, adaptation)
+        return Encoding(hidden.view(rows, length, -1), source.mask)
+
+    def decode(self, input_ids: Tensor, encoding: Encoding, adaptation: Adaptation | None = None) -> Tensor:
+        stack, (rows, length) = self.decoder, input_ids.shape
+        heads = self.heads(stack)
+        attend = WholeRows(heads, rows, self.buckets(stack), causal(length, input_ids.device))
+        few = few_targets(length, encoding.hidden.shape[1], heads.size)
+        adapted = adaptation is not None and adaptation.adapts_attention
+        cross = Unprojected if few and not heads.explicit and not adapted else Projected
+        hidden, mask = encoding.hidden, source_mask(encoding.mask, encoding.hidden.dtype)
+        return stack(input_ids.flatten(), attend, cross(heads, hidden, mask), adaptation).view(rows, length, -1)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden * self.output_scale if self.output_scale != 1.0 else hidden)
+
+    def token_decoder(
+        self, encoding: Encoding, adaptation: Adaptation | None, most_tokens: int, project_source: bool | None = None
+    ) -> TokenDecoder:
+        return NextTokens(self, encoding, adaptation, most_tokens, project_source)
+
+    def decode_with_cache(
+        self, input_ids: Tensor, encoding: Encoding, adaptation: Adaptation | None, cache: Any
+    ) -> Tensor:
+        stack, (rows, length) = self.decoder, input_ids.shape
+        heads = self.heads(stack)
+        attend = LibraryCache(heads, rows, length, cache.self_attention_cache, self.buckets(stack))
+        cross = LibrarySource(heads, encoding.hidden, source_mask(encoding.mask, encoding.hidden.dtype), cache)
+        return stack(input_ids.flatten(), attend, cross, adaptation).view(rows, length, -1)
+
+    def checkpoint_activations(self, where: str) -> None:
+        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
+            stack.recompute = where in (name, "all")
+
+    def compile_steps(self, on: bool = True) -> None:
+        steps = Steps(add_norm, activation(self.config.dense_act_fn, self.config.is_gated_act))
+        if on:
+            steps = Steps(*(compiled(step) for step in steps))
+        for stack in (self.encoder, self.decoder):
+            for layer in stack.block:
+                cast(Layer, layer).steps = steps
+
+
+class NextTokens(TokenDecoder):
+    """The decoder of T5 over one more token of each row; see `Base.token_decoder`."""
+
+    def __init__(
+        self,
+        base: T5,
+        encoding: Encoding,
+        adaptation: Adaptation | None,
+        most_tokens: int,
+        project_source: bool | None,
+    ) -> None:
+        self.base, self.adaptation = base, adaptation
+        heads, hidden = base.heads(base.decoder), encoding.hidden
+        if project_source is None:
+            project_source = not few_targets(most_tokens, hidden.shape[1], heads.size, DECODING_GAIN)
+        self.attend = NextToken(heads, hidden.shape[0], most_tokens, base.buckets(base.decoder))
+        self.cross: KeptSource | Unprojected
+        if project_source or (adaptation is not None and adaptation.adapts_attention):
+            self.cross = KeptSource(heads, hidden, source_mask(encoding.mask, kept_dtype(hidden)))
+        else:
+            wide = hidden.to(at_least_float32(hidden.dtype))
+            self.cross = Unprojected(heads, wide, source_mask(encoding.mask, wide.dtype))
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        hidden = self.base.decoder(tokens, self.attend, self.cross, self.adaptation)
+        self.attend.decoded += 1
+        return hidden
+
+    def keep(self, rows: Tensor) -> bool:
+        if self.adaptation is not None:
+            adaptation = self.adaptation.select(rows)
+            if adaptation is None:
+                return False
+            self.adaptation = adaptation
+        self.attend.keep(rows)
+        self.cross.keep(rows)
+        return True
+
+
+def scales_output(config: PretrainedConfig, own_head: bool) -> bool:
+    """Whether the decoder's output is multiplied by D**-0.5 before the head, as in v1.0 with its tied head.
+
+    Transformers 5 ties the head in every configuration. It remembers for T5 what the checkpoint said; for UMT5 it does
+    not, and there the weights tell. mT5 never scales.
+    """
+    if config.model_type == "umt5":
+        return not own_head
+    return bool(getattr(config, "scale_decoder_outputs", False))

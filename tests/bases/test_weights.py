@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from hdscale.bases.elementwise import OneStepNorm
+from hdscale.bases.linears import together
+from hdscale.bases.steps import activation, norm
 from hdscale.bench.memory import architecture
 from hdscale.config import load_config
 from hdscale.modeling import build_model
@@ -72,20 +74,34 @@ class Kept:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
 
-def inputs_of_frozen_linears(model: torch.nn.Module) -> dict[int, tuple[str, torch.Tensor]]:
-    """{address of a tensor: (name of the last frozen linear that reads it, the tensor)}, filled while the model runs.
+class Linears(TorchFunctionMode):
+    """The products with weights of the base inside a `with`, all of which are `F.linear`.
 
-    The tensor is held so that no other one gets its address.
+    Attributes:
+        read: {address of an input: (name of the last linear that reads it, the input)}. The tensor is held so that no
+            other one gets its address.
+        outputs: {name of a linear: its last output}.
     """
-    found: dict[int, tuple[str, torch.Tensor]] = {}
 
-    def note(name: str, x: torch.Tensor) -> None:
-        found[x.untyped_storage().data_ptr()] = name, x
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.names = {
+            module.weight.data_ptr(): name
+            for name, module in model.base.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        self.read: dict[int, tuple[str, Tensor]] = {}
+        self.outputs: dict[str, Tensor] = {}
 
-    for name, module in model.base.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
-    return found
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function is F.linear:
+            x, weight = args[:2]
+            name = self.names.get(weight.data_ptr())
+            if name is not None:
+                self.read[x.untyped_storage().data_ptr()] = name, x
+                self.outputs[name] = output
+        return output
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -96,9 +112,9 @@ def test_the_input_of_a_frozen_linear_is_kept_only_by_who_needs_it_otherwise(met
     What is kept of their inputs is an attention's output, which the attention itself needs, in both stacks.
     """
     model = built(configured(method, "model.dropout=0.0"), dtype)
-    read = inputs_of_frozen_linears(model)
-    with Kept(model) as kept:
+    with Linears(model) as linears, Kept(model) as kept:
         output = model(**batch())
+    read = linears.read
     names = {read[address][0].rsplit(".", 1)[-1] for address in kept.tensors if address in read}
     assert names == {"o"}
     assert {"v", "wi_1", "wo", "lm_head"} <= {name.rsplit(".", 1)[-1] for name, _ in read.values()}
@@ -115,9 +131,9 @@ def test_where_all_weights_train_their_inputs_are_kept():
             None, ["model.name=tiny-2", "method.name=full_finetuning", "model.dropout=0.0", "data.tasks=[quickstart]"]
         )
     )
-    read = inputs_of_frozen_linears(model)
-    with Kept(model) as kept:
+    with Linears(model) as linears, Kept(model) as kept:
         model(**batch())
+    read = linears.read
     assert {"v", "wi_1", "wo", "lm_head"} <= {
         read[address][0].rsplit(".", 1)[-1] for address in kept.tensors if address in read
     }
@@ -127,18 +143,16 @@ def test_where_all_weights_train_their_inputs_are_kept():
 def test_the_first_encoder_block_keeps_nothing_before_its_adapter(method):
     """Nothing below the first trainable needs a gradient: its attention and feed-forward keep nothing."""
     model = built(configured(method, "model.dropout=0.0"))
-    inside: Counter[str] = Counter()
-    for index, block in enumerate(model.base.encoder.block):
-        for name in ("SelfAttention", "DenseReluDense"):
-            module = next(part for key, part in block.named_modules() if key.endswith(name))
-            module.register_forward_hook(
-                lambda _, __, output, key=(index, name): inside.update(
-                    {key: int((output[0] if isinstance(output, tuple) else output).requires_grad)}
-                )
-            )
-    model(**batch())
-    assert inside[0, "SelfAttention"] == inside[0, "DenseReluDense"] == 0
-    assert inside[1, "SelfAttention"] == inside[1, "DenseReluDense"] == 1
+    with Linears(model) as linears:
+        model(**batch())
+
+    def needs_gradient(block: int) -> list[bool]:
+        """Of each product of a block: whether its output is part of what is differentiated."""
+        inside = f"encoder.block.{block}."
+        return [output.requires_grad for name, output in linears.outputs.items() if name.startswith(inside)]
+
+    assert needs_gradient(0) == [False] * 7
+    assert needs_gradient(1) == [True] * 7
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "encoder"])
@@ -153,7 +167,7 @@ def test_kept_bytes_are_those_of_the_plan(method, dtype, checkpointing):
     model = built(config, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     with Kept(model) as kept:
         encoded = model.encode(batch()["input_ids"], batch()["attention_mask"], batch()["task_ids"])
-        model.decode(encoded, batch()["attention_mask"], batch()["labels"])
+        model.decode(encoded, batch()["labels"])
     _, sides, _ = counted(config)
     base, work = architecture(config), work_of(config, B, "cpu", sides)
     encoder, decoder = encoder_activations(base, work)[0], decoder_activations(base, work)[0]
@@ -163,28 +177,53 @@ def test_kept_bytes_are_those_of_the_plan(method, dtype, checkpointing):
 def test_a_gated_feed_forward_keeps_three_tensors():
     """GELU's input and the two factors of the product, where transformers' own keeps six."""
     model = built(configured("adapter", "model.dropout=0.0"))
-    dense = model.base.encoder.block[0].layer[-1].DenseReluDense
-    x = torch.randn(B, S, 96, requires_grad=True)
+    feed_forward = model.base.encoder.block[0].layer[-1].DenseReluDense
+    x = torch.randn(B * S, 96, requires_grad=True)
     with Kept(model) as kept:
-        dense(x)
-    assert [tuple(tensor.shape) for tensor in kept.tensors.values()] == [(B, S, 192)] * 3
+        hidden = activation("gelu_new", True)(together(x, *feed_forward.inputs()))
+        F.linear(hidden, feed_forward.wo.weight)
+    assert [tuple(tensor.shape) for tensor in kept.tensors.values()] == [(B * S, 192)] * 3
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float64, 0.0)])
-def test_the_norm_is_that_of_transformers(dtype, tolerance):
+def norm_and_gradients(function, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """The result, and the gradients of both arguments."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = function(x, weight)
+    y.backward(torch.cos(x.detach()))
+    assert x.grad is not None and weight.grad is not None
+    return y.detach(), x.grad, weight.grad
+
+
+def norm_of_transformers(x: Tensor, weight: Tensor) -> Tensor:
+    module = T5LayerNorm(48)
+    del module.weight
+    module.weight = weight
+    return module(x)
+
+
+def norm_by_formula(x: Tensor, weight: Tensor) -> Tensor:
+    """Zhang and Sennrich 2019: division by the root mean square."""
+    return x / ((x**2).mean(dim=-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+@pytest.mark.parametrize(
+    "dtype, reference, tolerance",
+    [
+        (torch.float32, norm_of_transformers, 1e-6),
+        (torch.bfloat16, norm_of_transformers, 1e-2),
+        # transformers' divides in float32 in every dtype
+        (torch.float64, norm_of_transformers, 1e-6),
+        (torch.float64, norm_by_formula, 1e-14),
+    ],
+    ids=["fp32", "bf16", "fp64", "fp64 formula"],
+)
+def test_the_norm_is_that_of_transformers(dtype, reference, tolerance):
+    """Result and gradients of x and weight; in float64 it is the formula's, more exact than transformers'."""
     generator = torch.Generator().manual_seed(5)
-    norms = []
-    for cls in (T5LayerNorm, type("Norm", (OneStepNorm, T5LayerNorm), {})):
-        norm = cls(48).to(dtype)
-        norm.weight.data = torch.linspace(0.5, 2.0, 48, dtype=dtype)
-        norms.append(norm)
-    x = (torch.randn(3, 7, 48, generator=generator) * 4).to(dtype)
-    results = []
-    for norm in norms:
-        one = x.clone().requires_grad_()
-        y = norm(one)
-        y.backward(torch.cos(x))
-        results.append((y.detach(), one.grad, norm.weight.grad))
-    for theirs, ours in zip(*results, strict=True):
+    weight = torch.linspace(0.5, 2.0, 48, dtype=dtype)
+    x = (torch.randn(21, 48, generator=generator) * 4).to(dtype)
+    wanted = norm_and_gradients(reference, x, weight)
+    found = norm_and_gradients(lambda x, weight: norm(x, weight, 1e-6), x, weight)
+    for theirs, ours in zip(wanted, found, strict=True):
         assert ours.dtype == dtype
         assert float((theirs - ours).abs().max() / theirs.abs().max()) <= tolerance

@@ -1,4 +1,4 @@
-"""Compiled sub-layers: the same losses and gradients, few graphs, and evaluation left alone."""
+"""Compiled steps of the layers: the same losses and gradients, few graphs, and evaluation left alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from hdscale.bases.compilation import compile_stacks, decompile_stacks
+from hdscale.bases.steps import Steps, activation, add_norm
 from hdscale.config import load_config
 from hdscale.data.batches import Row, collate
 from hdscale.engine.tuning import compile_cost
@@ -38,7 +38,7 @@ def loss_and_gradients(model, tensors) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_compiled_stacks_compute_the_same(tmp_path):
+def test_compiled_steps_compute_the_same(tmp_path):
     base = save_tiny_t5(tmp_path / "base", vocabulary=64)
     sizes = {"encoder": {"dim": 4}, "decoder": {"dim": 4, "adapter": "generated"}, "hypernet": {"bottleneck": 8}}
     config = HyperdecoderConfig.from_dict(
@@ -50,7 +50,7 @@ def test_compiled_stacks_compute_the_same(tmp_path):
     source = {name: batches[0][name] for name in ("input_ids", "attention_mask")}
     decoded = model.eval().generate(**source, max_new_tokens=5)
     torch._dynamo.utils.counters.clear()
-    compile_stacks(model.base)
+    model.base.compile_steps()
     model.train()
     count = torch._dynamo.utils.counters["stats"]
     for number, (expected, one) in enumerate(zip(plain, batches, strict=True)):
@@ -63,8 +63,9 @@ def test_compiled_stacks_compute_the_same(tmp_path):
     loss_and_gradients(model, batch(6, 23, 5))
     assert torch.equal(model.eval().generate(**source, max_new_tokens=5), decoded)
     assert count["unique_graphs"] == graphs
-    decompile_stacks(model.base)
-    assert not any("forward" in vars(module) for module in model.base.modules())
+    model.base.compile_steps(on=False)
+    plain_steps = Steps(add_norm, activation("gelu_new", True))
+    assert all(layer.steps == plain_steps for layer in [*model.base.encoder.block, *model.base.decoder.block])
 
 
 @pytest.mark.slow

@@ -7,10 +7,16 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.overrides import TorchFunctionMode
 
-from hdscale.bases import packing
-from hdscale.bases.packing import BLOCK, Packing, block_mask_of
+from hdscale.bases import t5
+from hdscale.bases.attention import Heads
+from hdscale.bases.interface import Source
+from hdscale.bases.packing import BLOCK, Packed, block_mask_of
+from hdscale.bases.positions import Buckets, bias_matrix
 from hdscale.config import load_config
 from hdscale.data.batches import Row, collate
 from hdscale.data.micro_batches import deal
@@ -18,6 +24,7 @@ from hdscale.errors import UserError
 from hdscale.modeling import HyperdecoderConfig, build_model
 from hdscale.modeling.methods import check_method
 from tests.helpers.adapted import TASKS, VOCABULARY, method_config, shaken, tiny_base
+from tests.helpers.products import Linears
 
 SIZES = dict(encoder__dim=4, decoder__dim=3, hypernet__bottleneck=6)
 METHODS = {
@@ -35,7 +42,7 @@ LENGTHS = {
 }
 
 
-@pytest.fixture(scope="module", params=["v1.0", "v1.1", "mt5"])
+@pytest.fixture(scope="module", params=["v1.0", "v1.1", "mt5", "umt5"])
 def family(request, tmp_path_factory):
     return tiny_base(tmp_path_factory.mktemp("bases") / request.param, request.param)
 
@@ -110,7 +117,20 @@ def test_packed_gradients_are_the_padded_ones(base, name, checkpointing):
     batch = collate(rows_of(LENGTHS["random"]), 0)
     assert_same(gradients(packed, [batch]), gradients(padded, [batch]))
     if name == "full_finetuning":
-        assert packed.base.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.grad.abs().max() > 0
+        assert bias_of(packed, 0).grad.abs().max() > 0
+
+
+def bias_of(model, layer: int) -> Tensor:
+    """The encoder's relative position biases of a layer."""
+    return model.base.encoder.block[layer].layer[0].SelfAttention.relative_attention_bias.weight
+
+
+def test_packed_gradients_where_every_layer_has_biases_of_its_own(tmp_path):
+    padded, packed = pair(tiny_base(tmp_path / "umt5", "umt5"), "full_finetuning", {})
+    batch = collate(rows_of(LENGTHS["random"]), 0)
+    assert_same(gradients(packed, [batch]), gradients(padded, [batch]))
+    assert bias_of(packed, 0).grad.abs().max() > 0 and bias_of(packed, 1).grad.abs().max() > 0
+    assert not torch.equal(bias_of(packed, 0).grad, bias_of(packed, 1).grad)
 
 
 @pytest.mark.parametrize("cut", [dict(micro_batch_size=3), dict(tokens_per_micro_batch=60)], ids=["rows", "tokens"])
@@ -129,15 +149,18 @@ def test_sorted_micro_batches_have_the_gradient_of_one_padded_pass(base, name, p
     assert sorted(found[1]) == sorted(whole.trainable_names())
 
 
-def packing_of(lengths, heads: int, pad: int = 0, seed: int = 0) -> Packing:
+def packing_of(lengths, heads: int, pad: int = 0, seed: int = 0) -> tuple[Packed, Tensor]:
+    """A packed sequence, and biases by the distance of key and query [H, 2 S - 1]."""
     batch = collate(rows_of(lengths), 0)
     size_b, size_s = batch["input_ids"].shape
     generator = torch.Generator().manual_seed(seed)
     by_distance = torch.randn(heads, 2 * size_s - 1, generator=generator)
-    places = torch.arange(size_s)
-    bias = by_distance[:, places - places[:, None] + size_s - 1].unsqueeze(0)
-    positions = torch.nn.functional.pad(batch["source_positions"], (0, pad), value=size_b * size_s)
-    return Packing(positions, (size_b, size_s), bias)
+    positions = F.pad(batch["source_positions"], (0, pad), value=size_b * size_s)
+    source = Source(batch["input_ids"], batch["attention_mask"], positions)
+    packed = Packed(Heads(heads, 8), source, Buckets(32, 128, both_ways=True))
+    # on a CPU nothing needs it but these tests
+    packed.block_mask = block_mask_of(packed.rows)
+    return packed, by_distance
 
 
 MANY = [random.Random(7).randint(1, 90) for _ in range(12)]
@@ -148,13 +171,13 @@ MANY = [random.Random(7).randint(1, 90) for _ in range(12)]
 def test_flex_attention_computes_what_the_cpu_does(lengths):
     """Mask and score of FlexAttention, as the GPU's kernel is given them, against attention instance by instance."""
     heads, size = 3, 8
-    packed = packing_of(lengths, heads, pad=-sum(lengths) % BLOCK)
+    packed, by_distance = packing_of(lengths, heads, pad=-sum(lengths) % BLOCK)
     total = sum(lengths)
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(1, heads, packed.positions.shape[0], size, generator=generator) for _ in range(3))
-    found = packed._flexible(flex_attention)(query, key, value)
+    found = packed.attend_flexibly(query, key, value, by_distance, flex_attention)
     assert not found.isnan().any()  # padding sees padding
-    wanted = packed.attend(query, key, value)
+    wanted = packed.attend_by_instance(query, key, value, bias_matrix(by_distance))
     assert (found - wanted)[:, :, :total].abs().max() < 1e-5
 
 
@@ -170,19 +193,16 @@ def test_gradients_of_the_flex_attention_that_a_gpu_computes(monkeypatch):
     heads, size, lengths = 2, 8, MANY[:5]
     results = []
     for kind in ("flex", "instances"):
-        packed = packing_of(lengths, heads)
-        packed.bias.requires_grad_()
+        packed, by_distance = packing_of(lengths, heads)
+        by_distance.requires_grad_()
         generator = torch.Generator().manual_seed(1)
         own = [torch.randn(1, heads, sum(lengths), size, generator=generator).requires_grad_() for _ in range(3)]
-        attend = packed._flexible(flex_attention) if kind == "flex" else packed._instance_by_instance()
-        output = attend(*own)
+        if kind == "flex":
+            output = packed.attend_flexibly(*own, by_distance, flex_attention)
+        else:
+            output = packed.attend_by_instance(*own, bias_matrix(by_distance))
         output.backward(torch.cos(torch.arange(output.numel()).view_as(output)))
-        # the bias is a function of the distance: a gradient summed over its diagonals is what reaches the table
-        grad = packed.bias.grad[0]
-        diagonals = [
-            grad.diagonal(offset, dim1=1, dim2=2).sum(dim=1) for offset in range(1 - max(lengths), max(lengths))
-        ]
-        results.append([output.detach(), *(one.grad for one in own), torch.stack(diagonals)])
+        results.append([output.detach(), *(one.grad for one in own), by_distance.grad])
     for found, wanted in zip(*results, strict=True):
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
@@ -198,11 +218,12 @@ def test_flex_attention_is_traced_once_for_many_lengths():
     with torch.no_grad():
         for number in range(6):
             lengths = [random.Random(number).randint(1, 60 + 20 * number) for _ in range(6 + number)]
-            packed = packing_of(lengths, heads, pad=-sum(lengths) % BLOCK, seed=number)
+            packed, by_distance = packing_of(lengths, heads, pad=-sum(lengths) % BLOCK, seed=number)
             generator = torch.Generator().manual_seed(1)
             own = [torch.randn(1, heads, packed.positions.shape[0], size, generator=generator) for _ in range(3)]
-            found = packed._flexible(kernel)(*own)
-            assert (found - packed.attend(*own))[:, :, : sum(lengths)].abs().max() < 1e-5
+            found = packed.attend_flexibly(*own, by_distance, kernel)
+            wanted = packed.attend_by_instance(*own, bias_matrix(by_distance))
+            assert (found - wanted)[:, :, : sum(lengths)].abs().max() < 1e-5
             graphs.append(count["unique_graphs"])
     assert graphs[-1] == graphs[2] <= 3, graphs
 
@@ -210,7 +231,7 @@ def test_flex_attention_is_traced_once_for_many_lengths():
 @pytest.mark.parametrize("lengths", [*LENGTHS.values(), MANY, [300, 128, 84], [BLOCK] * 3], ids=str)
 @pytest.mark.parametrize("pad", [True, False])
 def test_the_block_mask_is_that_of_looking_at_all_pairs(lengths, pad):
-    rows = packing_of(lengths, 1, pad=-sum(lengths) % BLOCK if pad else 0).rows
+    rows = packing_of(lengths, 1, pad=-sum(lengths) % BLOCK if pad else 0)[0].rows
     found = block_mask_of(rows)
     wanted = create_block_mask(
         lambda b, h, q, k: rows[q] == rows[k], None, None, len(rows), len(rows), "cpu", BLOCK_SIZE=BLOCK
@@ -224,44 +245,66 @@ def test_the_block_mask_is_that_of_looking_at_all_pairs(lengths, pad):
 
 def test_the_seen_pairs_are_what_flex_attention_computes():
     """Blocks of two instances are left out: of ten instances of one block each, a tenth of all pairs is computed."""
-    assert block_mask_of(packing_of([BLOCK] * 10, 1).rows).sparsity() == pytest.approx(90.0)
+    assert block_mask_of(packing_of([BLOCK] * 10, 1)[0].rows).sparsity() == pytest.approx(90.0)
 
 
 def test_a_packed_pass_computes_no_padding(base):
     """Linears of the encoder see the real tokens alone."""
     _, packed = pair(base, "adapter", METHODS["adapter"][1])
-    seen = []
-    packed.base.encoder.block[1].layer[-1].DenseReluDense.wo.register_forward_hook(
-        lambda _, x, __: seen.append(tuple(x[0].shape[:-1]))
-    )
-    packed(**collate(rows_of((20, 1, 1, 3)), 0))
-    assert seen == [(1, 25)]
+    with Linears(packed.base) as linears:
+        packed(**collate(rows_of((20, 1, 1, 3)), 0))
+    seen = [tuple(output.shape[:-1]) for name, output in linears.outputs.items() if name.startswith("encoder.")]
+    # seven linears in each of two layers
+    assert seen == [(25,)] * 14
 
 
 def test_evaluation_is_not_packed(base, monkeypatch):
     padded, packed = pair(base, "hyperdecoder", SIZES)
-    monkeypatch.setattr(packing, "encode", lambda *_: pytest.fail("packed"))
+    monkeypatch.setattr(t5, "Packed", lambda *_: pytest.fail("packed"))
     batch = collate(rows_of((5, 3)), 0)
     ids = [
         model.eval().generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=4)
         for model in (padded, packed)
     ]
     assert torch.equal(*ids)
+    with pytest.raises(pytest.fail.Exception, match="packed"):
+        packed.train()(**batch)
+
+
+class Attentions(TorchFunctionMode):
+    """All fused attentions inside a `with`: queries, keys, values, mask and the output of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[list[Tensor], Tensor, Tensor]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function is F.scaled_dot_product_attention:
+            self.seen.append((list(args), kwargs["attn_mask"], output))
+        return output
+
+    def without_dropout(self) -> list[bool]:
+        """Of each attention: whether the output is the one that it has without dropout."""
+        return [
+            torch.allclose(output, F.scaled_dot_product_attention(*own, attn_mask=mask, scale=1.0), atol=1e-6)
+            for own, mask, output in self.seen
+        ]
 
 
 def test_dropout_of_probabilities_is_left_out_and_no_other(base):
-    """Packed, the encoder differs from pass to pass by its other dropouts; its attention does not."""
-    _, packed = pair(base, "adapter", METHODS["adapter"][1], dropout=0.5)
+    """Packed, the encoder differs from pass to pass by its other dropouts; its attention has none."""
+    padded, packed = pair(base, "adapter", METHODS["adapter"][1], dropout=0.5)
     batch = collate(rows_of((5, 9, 2)), 0)
-    outputs: list[torch.Tensor] = []
-    attention = packed.base.encoder.block[0].layer[0].SelfAttention
-    x = torch.randn(1, 16, 32)
-    bias = attention.compute_bias(9, 9)
-    packed_sequence = Packing(batch["source_positions"], (3, 9), bias)
-    outputs = [attention(x, packing=packed_sequence)[0] for _ in range(2)]
-    assert torch.equal(*outputs)
-    hidden = [packed.encode(batch["input_ids"], batch["attention_mask"], batch["task_ids"]).hidden for _ in range(2)]
+    source = batch["input_ids"], batch["attention_mask"], batch["task_ids"]
+    with Attentions() as attentions:
+        hidden = [packed.encode(*source).hidden for _ in range(2)]
+    # two passes of two layers, and three lengths in each
+    assert attentions.without_dropout() == [True] * 12
     assert not torch.allclose(*hidden)
+    with Attentions() as attentions:
+        padded.encode(*source)
+    assert attentions.without_dropout() == [False] * 2
 
 
 @pytest.mark.parametrize(

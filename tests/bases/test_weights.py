@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from hdscale.bases.linears import together
@@ -17,6 +16,7 @@ from hdscale.modeling import build_model
 from hdscale.resolve import resolve_model
 from hdscale.study.inputs import counted, work_of
 from hdscale.study.memory_model import decoder_activations, encoder_activations
+from tests.helpers.products import Linears
 
 B, S, T, A = 6, 44, 3, 7
 METHODS = ("hyperdecoder", "adapter")
@@ -74,36 +74,6 @@ class Kept:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
 
-class Linears(TorchFunctionMode):
-    """The products with weights of the base inside a `with`, all of which are `F.linear`.
-
-    Attributes:
-        read: {address of an input: (name of the last linear that reads it, the input)}. The tensor is held so that no
-            other one gets its address.
-        outputs: {name of a linear: its last output}.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.names = {
-            module.weight.data_ptr(): name
-            for name, module in model.base.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
-        self.read: dict[int, tuple[str, Tensor]] = {}
-        self.outputs: dict[str, Tensor] = {}
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        if function is F.linear:
-            x, weight = args[:2]
-            name = self.names.get(weight.data_ptr())
-            if name is not None:
-                self.read[x.untyped_storage().data_ptr()] = name, x
-                self.outputs[name] = output
-        return output
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_input_of_a_frozen_linear_is_kept_only_by_who_needs_it_otherwise(method, dtype):
@@ -112,7 +82,7 @@ def test_the_input_of_a_frozen_linear_is_kept_only_by_who_needs_it_otherwise(met
     What is kept of their inputs is an attention's output, which the attention itself needs, in both stacks.
     """
     model = built(configured(method, "model.dropout=0.0"), dtype)
-    with Linears(model) as linears, Kept(model) as kept:
+    with Linears(model.base) as linears, Kept(model) as kept:
         output = model(**batch())
     read = linears.read
     names = {read[address][0].rsplit(".", 1)[-1] for address in kept.tensors if address in read}
@@ -131,7 +101,7 @@ def test_where_all_weights_train_their_inputs_are_kept():
             None, ["model.name=tiny-2", "method.name=full_finetuning", "model.dropout=0.0", "data.tasks=[quickstart]"]
         )
     )
-    with Linears(model) as linears, Kept(model) as kept:
+    with Linears(model.base) as linears, Kept(model) as kept:
         model(**batch())
     read = linears.read
     assert {"v", "wi_1", "wo", "lm_head"} <= {
@@ -143,7 +113,7 @@ def test_where_all_weights_train_their_inputs_are_kept():
 def test_the_first_encoder_block_keeps_nothing_before_its_adapter(method):
     """Nothing below the first trainable needs a gradient: its attention and feed-forward keep nothing."""
     model = built(configured(method, "model.dropout=0.0"))
-    with Linears(model) as linears:
+    with Linears(model.base) as linears:
         model(**batch())
 
     def needs_gradient(block: int) -> list[bool]:

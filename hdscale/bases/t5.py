@@ -240,6 +240,10 @@ class Stack(nn.Module):
         """Token ids [N] -> [N, D]."""
         dropout = self.dropout
         x = self.embed_tokens(ids)
+        if torch.is_grad_enabled() and not x.requires_grad and hasattr(self.embed_tokens.weight, "ds_id"):
+            # DeepSpeed's stage 3 takes a layer whose inputs need no gradient for one that has no backward pass: it
+            # would give up the first layer's weights, and reduce its gradients, before they are computed
+            x = x.requires_grad_()
         if dropout:
             x = F.dropout(x, dropout)
         y: Tensor | None = None

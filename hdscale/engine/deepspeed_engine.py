@@ -134,6 +134,7 @@ class Engine:
         self.module: nn.Module = self._deepspeed.module
         self.stage: int = self._deepspeed.zero_optimization_stage()
         zero.stop_waiting(self._deepspeed.optimizer)
+        zero.reduce_in_one_order(self._deepspeed.optimizer, self.parameters.values())
         if exact:
             self.load_trainables(exact)
 

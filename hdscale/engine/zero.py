@@ -144,6 +144,43 @@ def stop_waiting(optimizer: Any) -> None:
     optimizer.unscale_and_clip_grads = clip
 
 
+def reduce_in_one_order(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Let every rank hand its gradients to the reduction in the same order: from the last trainable to the first.
+
+    DeepSpeed 0.19 fills its buckets in the order in which the backward pass finishes the gradients, and then sums the
+    buckets of all ranks. That order can depend on a rank's own lengths, since the way to compute a product does; with
+    unlike orders one tensor's gradient would be added to another's, without an error.
+    """
+    if not hasattr(optimizer, "reduce_ready_partitions_and_remove_grads"):
+        return  # ZeRO-1 in bf16 reduces all gradients after the backward pass, in the order of the parameters
+    places = {id(parameter): place for place, parameter in enumerate(reversed(list(parameters)))}
+    reduce, finish = (
+        optimizer.reduce_ready_partitions_and_remove_grads,
+        optimizer.independent_gradient_partition_epilogue,
+    )
+    waiting: dict[int, tuple[Any, ...]] = {}
+    following = 0
+
+    def take(parameter: nn.Parameter, *group: int) -> None:
+        """Called when a gradient is ready; gradients before it in the order that are not ready hold it up."""
+        nonlocal following
+        waiting[places[id(parameter)]] = (parameter, *group)
+        while following in waiting:
+            reduce(*waiting.pop(following))
+            following += 1
+
+    def end() -> None:
+        """Called after the backward pass; a trainable without a gradient has held up those after it."""
+        nonlocal following
+        for place in sorted(waiting):
+            reduce(*waiting.pop(place))
+        following = 0
+        finish()
+
+    optimizer.reduce_ready_partitions_and_remove_grads = take
+    optimizer.independent_gradient_partition_epilogue = end
+
+
 def masters_to_weights(engine: Any, parameters: Iterable[nn.Parameter]) -> None:
     """Round the masters into the weights that the forward pass uses. Collective."""
     if engine.zero_optimization_stage() < 3:

@@ -46,9 +46,7 @@ def test_tokens_are_those_of_transformers_generate(bases, name, project):
             with torch.no_grad():
                 encoded = model.encode(batch["input_ids"], batch["attention_mask"], batch["task_ids"])
                 adaptation = encoded.adaptation.for_generation() if encoded.adaptation is not None else None
-                found = greedy.greedy_decode(
-                    model.base, encoded.encoding, adaptation, 6, least, project_source=project
-                )
+                found = greedy.greedy_decode(model.base, encoded.encoding, adaptation, 6, least, project_source=project)
             assert torch.equal(found.ids, expected)
 
 

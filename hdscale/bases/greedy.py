@@ -59,13 +59,13 @@ def greedy_decode(
     token, places, droppable = ids[:, 0], None, True
     for step in range(max_new_tokens):
         logits = base.head(decoder(token))
-        if scored:
+        if scores is not None:
             total = torch.logsumexp(logits.float(), dim=-1)
         if step < min_new_tokens:
             logits[:, config.eos_token_id] = -torch.inf
         best, token = logits.max(dim=-1)
         token = token.masked_fill(ended, config.pad_token_id)
-        if scored:
+        if scores is not None:
             # padding does not count as a token, wherever it is
             gained = (best.float() - total).masked_fill(token == config.pad_token_id, 0.0)
             scores = scores + gained if places is None else scores.index_add(0, places, gained)

@@ -108,8 +108,8 @@ class Packed(SelfAttention):
             count = len(list(group))
             end = start + count * length
             # [1, H, L, d] -> [rows of this length, H, length, d]
-            own = (x[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
-            mixed = F.scaled_dot_product_attention(*own, attn_mask=bias[:, :, :length, :length], scale=1.0)
+            q, k, v = (x[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :, :length, :length], scale=1.0)
             parts.append(mixed.transpose(0, 1).flatten(1, 2))
             start = end
         if self.padding:

@@ -9,7 +9,7 @@ from tests.helpers.tiny import save_tiny_t5
 
 ZERO2 = {"deepspeed": None, "dtype": "fp32"}
 ZERO3 = {"deepspeed": "tests/helpers/zero3_no_prefetch_fp32.json", "dtype": "fp32"}
-"""Every layer's weights are gathered when it runs: with prefetching, ranks may hide their differences in one large gather."""
+"""Every layer's weights are gathered when it runs: with prefetching, one large gather may hide ranks' differences."""
 SIDE = {"dim": 5}
 METHODS = {
     "hyperdecoder": {"name": "hyperdecoder", "encoder": SIDE, "decoder": SIDE, "hypernet": {"bottleneck": 6}},
@@ -20,7 +20,8 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    "world_size, name", [(2, "hyperdecoder"), (3, "hyperdecoder"), (2, "lora"), (2, "hyperformer"), (2, "full_finetuning")]
+    "world_size, name",
+    [(2, "hyperdecoder"), (3, "hyperdecoder"), (2, "lora"), (2, "hyperformer"), (2, "full_finetuning")],
 )  # fmt: skip
 def test_ranks_with_rows_of_unlike_lengths(rank_pool, tmp_path, world_size, name):
     """Twenty steps and more under ZeRO-2 and 3: one loss, one list of collectives, and the same tokens.

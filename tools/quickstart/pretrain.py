@@ -25,7 +25,6 @@ import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
 
-from hdscale.bases.loading import untie_head
 from hdscale.data.tasks.quickstart.language import documents
 from tools.quickstart.tokenizer import SENTINELS, train_tokenizer
 
@@ -129,6 +128,18 @@ def padded(rows: list[Pair]) -> dict[str, torch.Tensor]:
         "attention_mask": (input_ids != 0).long(),
         "labels": pad([target for _, target in rows], -100),
     }
+
+
+def untie_head(model: T5ForConditionalGeneration) -> None:
+    """Give a model that was built from a configuration a separate head, as checkpoints from v1.1 on have.
+
+    transformers 5 ties the head for every configuration of the T5 family, and unties it only while loading a
+    checkpoint.
+    """
+    weight = torch.empty_like(model.lm_head.weight)
+    torch.nn.init.normal_(weight, std=model.config.d_model**-0.5)
+    model.lm_head.weight = torch.nn.Parameter(weight)
+    model.all_tied_weights_keys.pop("lm_head.weight", None)
 
 
 def corruption_loss(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, paragraphs: int) -> float:

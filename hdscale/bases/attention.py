@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hdscale.bases import fused
 from hdscale.bases.interface import Adaptation
 from hdscale.bases.positions import Buckets, bias_by_distance, bias_matrix, joined, with_prefix
 from hdscale.ops.precision import at_least_float32
@@ -113,6 +114,10 @@ class SelfAttention(ABC):
     ) -> Tensor:
         """The mixture [N, H * d]; everything flat but `mask` (of `self.mask`) and the prefix."""
 
+    def joined(self, together: Tensor, mask: Tensor) -> Tensor | None:
+        """The same for queries, keys and values side by side, [N, 3 * H * d]; None: call it with each of them."""
+        return None
+
 
 class CrossAttention(ABC):
     """The attention of targets to a source."""
@@ -143,6 +148,13 @@ class WholeRows(SelfAttention):
 
     def __init__(self, heads: Heads, rows: int, buckets: Buckets, visible: Tensor) -> None:
         self.heads, self.rows, self.buckets, self.visible = heads, rows, buckets, visible
+
+    def joined(self, together: Tensor, mask: Tensor) -> Tensor | None:
+        heads = self.heads
+        if heads.explicit or not together.requires_grad or mask.requires_grad or not fused.attends(together):
+            return None
+        sides = together.view(self.rows, -1, 3, heads.number, heads.size)
+        return fused.attention(sides, mask, heads.dropout).view(-1, heads.number * heads.size)
 
     def mask(self, table: Tensor) -> Tensor:
         length = self.visible.shape[-1]

@@ -25,6 +25,13 @@ TRAINING_GAIN, DECODING_GAIN = 4.0, 2.0
 T H D, is then smaller than keys and values, 2 S H d."""
 
 
+MOST_BYTES_AT_ONCE = 256 * 2**20
+"""Bytes of all layers' keys and values up to which they come from one product."""
+FEWEST_SOURCE_TOKENS = 8192
+"""Source tokens of a pass from which a GPU gains by not projecting them: below, its host and launches are the limit,
+and the unprojected way has more of them."""
+
+
 def few_targets(targets: int, sources: int, d_kv: int, gain: float = TRAINING_GAIN) -> bool:
     """Whether T queries of S source tokens are cheaper without projecting the source: gain T (d_kv + S) <= d_kv S.
 
@@ -64,6 +71,30 @@ def project_source(
         keys = adaptation.projection(layer, "cross", "k", source, keys)
         values = adaptation.projection(layer, "cross", "v", source, values)
     return keys, values
+
+
+class ProjectedAtOnce(CrossAttention):
+    """Keys and values of the source for all layers from one product; they cannot be adapted.
+
+    One launch instead of one per layer, and in the backward pass one instead of three. All layers' gradients of keys
+    and values are held until that product, so it is for small passes.
+
+    Args:
+        heads: of the stack.
+        together: keys and values of each layer in turn, side by side, [B * S, layers * 2 * H * d].
+        mask: [B, 1, 1, S], added to the scores.
+    """
+
+    def __init__(self, heads: Heads, together: Tensor, mask: Tensor) -> None:
+        self.heads, self.mask, self.rows = heads, mask, mask.shape[0]
+        shape = (self.rows, mask.shape[-1], -1, heads.number, heads.size)
+        self.sides = [side.transpose(1, 2) for side in together.view(shape).unbind(2)]
+
+    def __call__(
+        self, layer: int, query: Tensor, key: nn.Linear, value: nn.Linear, adaptation: Adaptation | None
+    ) -> Tensor:
+        keys, values = self.sides[2 * layer : 2 * layer + 2]
+        return self.heads.attend(self.heads.split(query, self.rows), keys, values, self.mask)
 
 
 class Unprojected(CrossAttention):

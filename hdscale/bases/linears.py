@@ -7,6 +7,8 @@ it, and there the weights may be mapped from a file, which a copy would undo.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,10 +19,16 @@ JOINED_ON = {"cuda"}
 
 def together(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     """The outputs of linears without biases that read the same x [N, in]; views of one tensor where they are joined."""
-    weight = joined_weight(*linears)
-    if weight is None:
+    joined = joined_product(x, *linears)
+    if joined is None:
         return tuple(F.linear(x, linear.weight) for linear in linears)
-    return F.linear(x, weight).split([linear.out_features for linear in linears], dim=-1)
+    return joined.split([linear.out_features for linear in linears], dim=-1)
+
+
+def joined_product(x: Tensor, *linears: nn.Linear) -> Tensor | None:
+    """The outputs of linears side by side, [N, the sum of their sizes]; None where they are not to be joined."""
+    weight = joined_weight(*linears)
+    return None if weight is None else F.linear(x, weight)
 
 
 def joined_weight(*linears: nn.Linear) -> Tensor | None:
@@ -30,29 +38,38 @@ def joined_weight(*linears: nn.Linear) -> Tensor | None:
     assert first is not None
     if first.device.type not in JOINED_ON:
         return None
-    joined: Tensor | None = linears[0].__dict__.get("joined_weight")
-    place = 0 if joined is None else joined.data_ptr()
+    place = start = first.data_ptr()
+    adjacent = True
     for weight in weights:
         assert weight is not None
         if weight.requires_grad or hasattr(weight, "ds_id"):
-            # trained weights need gradients of their own, and DeepSpeed's stage 3 moves weights by itself
-            linears[0].__dict__.pop("joined_weight", None)
-            return None
-        if weight.data_ptr() != place:
-            return join(*linears)
+            return None  # trained weights need gradients of their own, and DeepSpeed's stage 3 moves weights by itself
+        adjacent = adjacent and weight.data_ptr() == place
         place += weight.numel() * weight.element_size()
-    return joined
+    # remembered beside the parameters, not among them: a state dict has the single weights
+    remembered: dict[int, Tensor] = linears[0].__dict__.setdefault("joined_weights", {})
+    found = remembered.get(len(linears))
+    if not adjacent or found is None or found.data_ptr() != start:
+        found = remembered[len(linears)] = join(linears, adjacent)
+    return found
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def join(*linears: nn.Linear) -> Tensor:
-    """Move the weights of linears into one tensor, and return it."""
+def join(linears: Sequence[nn.Linear], adjacent: bool) -> Tensor:
+    """The weights of linears as one tensor, into which they are moved if they are not in one already.
+
+    Args:
+        linears: of one input.
+        adjacent: whether their weights follow each other in memory.
+    """
+    first, rows = linears[0].weight, sum(linear.out_features for linear in linears)
+    storage = first.untyped_storage()
+    if adjacent and all(linear.weight.untyped_storage().data_ptr() == storage.data_ptr() for linear in linears):
+        return first.detach().as_strided((rows, first.shape[1]), first.stride())
     joined = torch.cat([linear.weight for linear in linears])
     start = 0
     for linear in linears:
         linear.weight.data = joined[start : start + linear.out_features]
         start += linear.out_features
-    # beside the parameters, not among them: a state dict has the single weights
-    linears[0].__dict__["joined_weight"] = joined
     return joined

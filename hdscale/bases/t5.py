@@ -18,11 +18,20 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from hdscale.bases import fused
 from hdscale.bases.attention import CrossAttention, Heads, SelfAttention, WholeRows, causal
 from hdscale.bases.caches import KeptSource, LibraryCache, LibrarySource, NextToken, kept_dtype
-from hdscale.bases.cross_attention import DECODING_GAIN, Projected, Unprojected, few_targets
+from hdscale.bases.cross_attention import (
+    DECODING_GAIN,
+    FEWEST_SOURCE_TOKENS,
+    MOST_BYTES_AT_ONCE,
+    Projected,
+    ProjectedAtOnce,
+    Unprojected,
+    few_targets,
+)
 from hdscale.bases.interface import Adaptation, Base, Encoding, LinearShape, Source, StackSizes, TokenDecoder
-from hdscale.bases.linears import together
+from hdscale.bases.linears import joined_product, together
 from hdscale.bases.packing import Packed
 from hdscale.bases.positions import ALIGNMENT, Buckets, source_mask
 from hdscale.bases.steps import Steps, activation, add_norm, compiled, norm
@@ -121,6 +130,7 @@ class Layer(nn.Module):
         self.layer = nn.ModuleList(subs)
         self.index, self.is_decoder, self.epsilon = index, is_decoder, config.layer_norm_epsilon
         self.steps = Steps(add_norm, activation(config.dense_act_fn, config.is_gated_act))
+        self.gated_gelu = config.is_gated_act and config.dense_act_fn == "gelu_new"
         # the same modules once more, not registered again: looking them up by name takes time in every pass
         self.parts = Parts(own, cross, feed_forward, feed_forward.inputs(), [sub.layer_norm for sub in subs])
 
@@ -160,8 +170,7 @@ class Layer(nn.Module):
             x, normed = steps.add_norm(x, y, parts.norms[1].weight, epsilon, dropout)
             y = self.attend_to_source(parts.cross, normed, cross, adaptation)
         x, normed = steps.add_norm(x, y, parts.norms[-1].weight, epsilon, dropout)
-        hidden = steps.activation(together(normed, *parts.inputs), dropout)
-        y = F.linear(hidden, parts.feed_forward.wo.weight)
+        y = F.linear(self.activated(normed, dropout), parts.feed_forward.wo.weight)
         if adaptation is not None:
             if adaptation.adapts_outputs:
                 y = adaptation.after_feed_forward(self.index, y)
@@ -170,20 +179,36 @@ class Layer(nn.Module):
                 x = x + branch
         return (add(x, y, dropout), None, mask) if closed else (x, y, mask)
 
+    def activated(self, x: Tensor, dropout: float) -> Tensor:
+        """What the feed-forward's last product reads, [N, F]."""
+        inputs = self.parts.inputs
+        if self.gated_gelu and x.is_cuda and torch.is_grad_enabled():
+            joined = joined_product(x, *inputs)
+            if joined is not None and joined.requires_grad:
+                return fused.gated_gelu(joined, dropout)
+        return self.steps.activation(together(x, *inputs), dropout)
+
     def attend_to_itself(
         self, attention: Attention, x: Tensor, mask: Tensor, attend: SelfAttention, adaptation: Adaptation | None
     ) -> Tensor:
         """The output [N, D] of self-attention."""
-        query, key, value = together(x, attention.q, attention.k, attention.v)
-        prefix, adapted = None, adaptation is not None and adaptation.adapts_attention
-        if adapted:
-            assert adaptation is not None
-            query, key, value = (
-                adaptation.projection(self.index, "self", name, x, projected)
-                for name, projected in (("q", query), ("k", key), ("v", value))
-            )
-            prefix = adaptation.prefix(self.index)
-        mixed = attend(self.index, query, key, value, mask, prefix)
+        adapted = adaptation is not None and adaptation.adapts_attention
+        joined = joined_product(x, attention.q, attention.k, attention.v)
+        mixed = None if joined is None or adapted else attend.joined(joined, mask)
+        if mixed is None:
+            if joined is None:
+                query, key, value = (F.linear(x, linear.weight) for linear in (attention.q, attention.k, attention.v))
+            else:
+                query, key, value = joined.chunk(3, dim=-1)
+            prefix = None
+            if adapted:
+                assert adaptation is not None
+                query, key, value = (
+                    adaptation.projection(self.index, "self", name, x, projected)
+                    for name, projected in (("q", query), ("k", key), ("v", value))
+                )
+                prefix = adaptation.prefix(self.index)
+            mixed = attend(self.index, query, key, value, mask, prefix)
         y = F.linear(mixed, attention.o.weight)
         if adaptation is not None:
             if adapted:
@@ -336,11 +361,32 @@ class T5(Base):
         stack, (rows, length) = self.decoder, input_ids.shape
         heads = self.heads(stack)
         attend = WholeRows(heads, rows, self.buckets(stack), causal(length, input_ids.device))
-        few = few_targets(length, encoding.hidden.shape[1], heads.size)
         adapted = adaptation is not None and adaptation.adapts_attention
-        cross = Unprojected if few and not heads.explicit and not adapted else Projected
+        cross = self.cross_attention(heads, length, encoding, adapted)
+        return stack(input_ids.flatten(), attend, cross, adaptation).view(rows, length, -1)
+
+    def cross_attention(self, heads: Heads, length: int, encoding: Encoding, adapted: bool) -> CrossAttention:
+        """The way to attend to a source that has the least to compute, or on a GPU the fewest launches.
+
+        Args:
+            heads: of the decoder.
+            length: number of targets of each row.
+            encoding: of the source.
+            adapted: whether keys and values of the source are adapted.
+        """
         hidden, mask = encoding.hidden, source_mask(encoding.mask, encoding.hidden.dtype)
-        return stack(input_ids.flatten(), attend, cross(heads, hidden, mask), adaptation).view(rows, length, -1)
+        if adapted or heads.explicit:
+            return Projected(heads, hidden, mask)
+        if few_targets(length, hidden.shape[1], heads.size) and has_many_tokens(hidden):
+            return Unprojected(heads, hidden, mask)
+        layers = [cast(Layer, layer).parts.cross for layer in self.decoder.block]
+        linears = [linear for cross in layers if cross is not None for linear in (cross.k, cross.v)]
+        size = hidden[..., 0].numel() * len(linears) * heads.number * heads.size * hidden.element_size()
+        if size <= MOST_BYTES_AT_ONCE:
+            sides = joined_product(hidden.flatten(0, 1), *linears)
+            if sides is not None:
+                return ProjectedAtOnce(heads, sides, mask)
+        return Projected(heads, hidden, mask)
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden * self.output_scale if self.output_scale != 1.0 else hidden)
@@ -386,7 +432,8 @@ class NextTokens(TokenDecoder):
         self.base, self.adaptation = base, adaptation
         heads, hidden = base.heads(base.decoder), encoding.hidden
         if project_source is None:
-            project_source = not few_targets(most_tokens, hidden.shape[1], heads.size, DECODING_GAIN)
+            few = few_targets(most_tokens, hidden.shape[1], heads.size, DECODING_GAIN)
+            project_source = not (few and has_many_tokens(hidden))
         self.attend = NextToken(heads, hidden.shape[0], most_tokens, base.buckets(base.decoder))
         self.cross: KeptSource | Unprojected
         if project_source or (adaptation is not None and adaptation.adapts_attention):
@@ -409,6 +456,11 @@ class NextTokens(TokenDecoder):
         self.attend.keep(rows)
         self.cross.keep(rows)
         return True
+
+
+def has_many_tokens(hidden: Tensor) -> bool:
+    """Whether a source [B, S, D] is large enough for its device to gain by not projecting it."""
+    return hidden.device.type == "cpu" or hidden.shape[0] * hidden.shape[1] >= FEWEST_SOURCE_TOKENS
 
 
 def scales_output(config: PretrainedConfig, own_head: bool) -> bool:

@@ -66,11 +66,13 @@ def project_source(
     layer: int, source: Tensor, key: nn.Linear, value: nn.Linear, adaptation: Adaptation | None
 ) -> tuple[Tensor, Tensor]:
     """The adapted keys and values [N, H * d] of source tokens [N, D]."""
-    keys, values = together(source, key, value)
-    if adaptation is not None:
-        keys = adaptation.projection(layer, "cross", "k", source, keys)
-        values = adaptation.projection(layer, "cross", "v", source, values)
-    return keys, values
+    if adaptation is None:
+        keys, values = together(source, key, value)
+        return keys, values
+    return (
+        adaptation.projection(layer, "cross", "k", source, F.linear(source, key.weight)),
+        adaptation.projection(layer, "cross", "v", source, F.linear(source, value.weight)),
+    )
 
 
 class ProjectedAtOnce(CrossAttention):

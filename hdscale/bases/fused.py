@@ -1,7 +1,7 @@
 """Steps of a layer on a GPU as one autograd function each, with fewer launches than torch's own composition.
 
-What they compute is defined by the plain functions beside them (`hdscale.bases.steps`, `hdscale.bases.attention`), which
-every other device uses. They take no weights: base weights that train have their gradients by plain autograd.
+What they compute is defined by the plain functions (`hdscale.bases.steps`, `hdscale.bases.attention`), which every
+other device uses. They take no weights: base weights that train have their gradients by plain autograd.
 """
 
 from __future__ import annotations

@@ -192,30 +192,32 @@ class Layer(nn.Module):
         self, attention: Attention, x: Tensor, mask: Tensor, attend: SelfAttention, adaptation: Adaptation | None
     ) -> Tensor:
         """The output [N, D] of self-attention."""
-        adapted = adaptation is not None and adaptation.adapts_attention
-        joined = joined_product(x, attention.q, attention.k, attention.v)
-        mixed = None if joined is None or adapted else attend.joined(joined, mask)
-        if mixed is None:
-            if joined is None:
-                query, key, value = (F.linear(x, linear.weight) for linear in (attention.q, attention.k, attention.v))
-            else:
-                query, key, value = joined.chunk(3, dim=-1)
-            prefix = None
-            if adapted:
-                assert adaptation is not None
-                query, key, value = (
-                    adaptation.projection(self.index, "self", name, x, projected)
-                    for name, projected in (("q", query), ("k", key), ("v", value))
-                )
-                prefix = adaptation.prefix(self.index)
-            mixed = attend(self.index, query, key, value, mask, prefix)
-        y = F.linear(mixed, attention.o.weight)
-        if adaptation is not None:
-            if adapted:
-                y = adaptation.projection(self.index, "self", "o", mixed, y)
-            if adaptation.adapts_outputs:
-                y = adaptation.after_self_attention(self.index, y)
+        linears = attention.q, attention.k, attention.v
+        if adaptation is not None and adaptation.adapts_attention:
+            # apart: where some are adapted, the backward pass would keep all of a joined product for the others
+            query, key, value = (
+                adaptation.projection(self.index, "self", name, x, F.linear(x, linear.weight))
+                for name, linear in zip("qkv", linears, strict=True)
+            )
+            mixed = attend(self.index, query, key, value, mask, adaptation.prefix(self.index))
+            y = adaptation.projection(self.index, "self", "o", mixed, F.linear(mixed, attention.o.weight))
+        else:
+            y = F.linear(self.mixture(attend, x, linears, mask), attention.o.weight)
+        if adaptation is not None and adaptation.adapts_outputs:
+            y = adaptation.after_self_attention(self.index, y)
         return y
+
+    def mixture(self, attend: SelfAttention, x: Tensor, linears: tuple[nn.Linear, ...], mask: Tensor) -> Tensor:
+        """What self-attention mixes for x with linears that are not adapted: [N, H * d]."""
+        joined = joined_product(x, *linears)
+        mixed = None if joined is None else attend.joined(joined, mask)
+        if mixed is not None:
+            return mixed
+        if joined is None:
+            query, key, value = (F.linear(x, linear.weight) for linear in linears)
+        else:
+            query, key, value = joined.chunk(3, dim=-1)
+        return attend(self.index, query, key, value, mask, None)
 
     def attend_to_source(
         self, attention: Attention, x: Tensor, cross: CrossAttention, adaptation: Adaptation | None

@@ -136,7 +136,7 @@ def test_searches_find_what_transformers_finds(name, arguments):
 
 @pytest.mark.parametrize("name", BASES)
 def test_token_by_token_as_all_at_once(name):
-    """With transformers' caches, growing and of fixed size, and with our own; whether or not the source is projected."""
+    """With transformers' caches, growing and fixed, and with our own, whether or not the source is projected."""
     _, ours = pair(name)
     ours.eval()
     tokens = batch()["decoder_input_ids"]

@@ -21,7 +21,7 @@ from tests.helpers.release_jobs import STEPS, WARMUP, batch_of
 
 JOB = "tests.helpers.release_jobs:train"
 RATE, BETAS, EPSILON, CLIP, SMOOTHING = 3e-4, (0.9, 0.999), 1e-8, 1.0, 0.1
-EDGE = 2e-6
+EDGE = 1e-5
 """Where a ReLU's input is this small beside the largest one, float32 can take the other side of it than float64."""
 
 

@@ -264,10 +264,12 @@ def _digest(data: bytes) -> str:
 
 
 def _compile(backend: str, folder: Path, architectures: list[str]) -> None:
-    # the package may be a checkout that is not installed: the process is told where it is
-    path = os.pathsep.join(filter(None, [str(package_root()), os.environ.get("PYTHONPATH")]))
+    # the package may be a checkout that is not installed, and ninja in a virtual environment that is not activated
+    environment = dict(os.environ)
+    for name, first in (("PYTHONPATH", package_root()), ("PATH", Path(sys.executable).parent)):
+        environment[name] = os.pathsep.join(filter(None, [str(first), environment.get(name)]))
     command = [sys.executable, "-P", "-m", "hdscale.ops.compile", backend, str(folder), *architectures]
-    _run(command, folder, os.environ | {"PYTHONPATH": path})
+    _run(command, folder, environment)
 
 
 TELLING = (r"\bundefined reference\b|\bcannot find -l", r"(?<!collect2: )\b(fatal )?error:|\bnvcc fatal", r"error", r".")

@@ -30,8 +30,8 @@ class Findings:
         gpus: names of the visible GPUs.
         cache: folder of the compiled kernels.
         backends: for each backend its `state`, a `detail` for people, and what is known of its build. The state is
-            `usable`; `buildable` (at first use or by --build); `loaded` or `built` (for machines with a GPU: the library
-            loads here, or this CPU build of torch cannot tell); or `unusable`.
+            `usable`; `buildable` (at first use or by --build); for machines with a GPU `loaded`, or `built` where this
+            CPU build of torch cannot load it; or `unusable`.
         active: for CPU and GPU the backend that `method.backend=auto` uses.
         build_failed: whether a requested build failed.
     """

@@ -68,7 +68,9 @@ def _loaded(backend: str) -> Availability:
     try:
         kernels = load_kernels(backend)
     except BuildError as error:
-        logger.warning("generated adapters run in plain PyTorch: the %s kernels do not build or load: %s", backend, error)
+        logger.warning(
+            "generated adapters run in plain PyTorch: the %s kernels do not build or load: %s", backend, error
+        )
         return Availability(False, str(error))
     logger.info("generated adapters: backend %s (%s)", backend, kernels.description)
     return Availability(True, kernels.description, kernels.seconds)

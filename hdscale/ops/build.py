@@ -204,7 +204,7 @@ def reason_of(error: BaseException) -> str:
     messages: list[str] = []
     current: BaseException | None = error
     while current is not None:
-        text = one_line(current)
+        text = one_line(str(current))
         if text and text not in messages:
             messages.append(text)
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
@@ -272,7 +272,12 @@ def _compile(backend: str, folder: Path, architectures: list[str]) -> None:
     _run(command, folder, environment)
 
 
-TELLING = (r"\bundefined reference\b|\bcannot find -l", r"(?<!collect2: )\b(fatal )?error:|\bnvcc fatal", r"error", r".")
+TELLING = (
+    r"\bundefined reference\b|\bcannot find -l",
+    r"(?<!collect2: )\b(fatal )?error:|\bnvcc fatal",
+    r"error",
+    r".",
+)
 """What a line of a compiler's output that says what is wrong looks like, best first."""
 
 

@@ -19,7 +19,7 @@ BACKENDS = ("auto", "cpp", "cuda", "torch")
 _DEVICE = {"cpp": "cpu", "cuda": "cuda"}
 _DTYPES = {"cpp": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
-BF16_ONLY = "method.backend=cuda computes in bf16 only; use train.dtype=bf16 (--dtype bf16), or method.backend=auto"
+BF16_ONLY = "method.backend=cuda computes in bf16 only; use bf16 (train.dtype, --dtype), or method.backend=auto"
 
 logger = logging.getLogger("hdscale.ops")
 

@@ -1,9 +1,9 @@
 """The architectures that the CUDA kernels are built for, and which GPUs a build runs on."""
 
 import pytest
-import torch
 
 from hdscale.ops.architectures import ArchitectureError, cuda_architectures, holds, nvcc_flags
+from tests.helpers.pretended_gpus import pretend_gpus
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from hdscale.ops.architectures import ArchitectureError, cuda_architectures, hol
 def test_lists(listed, expected, monkeypatch):
     """Fails if an old architecture is kept, which fails the build as a whole, or if a name is not understood."""
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    pretend_gpus(monkeypatch)
     assert cuda_architectures() == expected
 
 
@@ -33,16 +33,14 @@ def test_lists(listed, expected, monkeypatch):
 )
 def test_lists_that_cannot_be_used(listed, message, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    pretend_gpus(monkeypatch)
     with pytest.raises(ArchitectureError, match=message):
         cuda_architectures()
 
 
 def test_the_gpu_that_is_here_is_built_for(monkeypatch):
     """Whatever the list of its container says. Fails if the list alone counts."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
+    pretend_gpus(monkeypatch, (9, 0), (7, 5))
     for listed, expected in (("", ["9.0"]), ("8.0", ["8.0", "9.0"]), ("7.0", ["9.0"]), ("8.0+PTX", ["8.0+PTX"])):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
         assert cuda_architectures() == expected

@@ -19,6 +19,7 @@ from hdscale.ops import build
 from hdscale.ops.backend import availability
 from hdscale.ops.compile import CompilerError, check_same_cuda, cuda_home
 from hdscale.ops.naive import Shape
+from tests.helpers.pretended_gpus import pretend_gpus
 
 
 def has_nvcc() -> bool:
@@ -95,12 +96,6 @@ def test_another_source_or_flag_is_another_build(what, cache, quick_compile, mon
     else:
         monkeypatch.setitem(getattr(build, what), "cpp", ["-changed"])
     assert build.find_builds("cpp") == [] and build.build_kernels("cpp").folder != first.folder
-
-
-def pretend_gpus(monkeypatch, *capabilities):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
 
 
 def test_a_login_nodes_build_serves_a_gpu_node(cache, quick_compile, monkeypatch):

@@ -27,7 +27,6 @@ from hdscale.ops.precision import DTYPES
 from hdscale.resolve import resolve_model
 from hdscale.runs.folder import ADAPTER, CONFIG
 
-
 logger = logging.getLogger("hdscale.load")
 
 

@@ -91,9 +91,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         return EXIT_DONE
 
     with open_log(folder, config, ranks) as log, Preemption(ranks) as preemption:
-        log.info(str(ranks.launch))
-        if slow := bf16_warning(ranks.device, DTYPES[config.train.dtype]):
-            log.warning(slow)
+        log_machine(ranks, config, log)
 
         # ---- data: one global order of all tasks' rows
         tokenizer = load_tokenizer(tokenizer_name(config.model), config.model.revision)
@@ -231,6 +229,13 @@ def open_log(folder: RunFolder, config: Config, ranks: Ranks) -> RunLog:
         memory=ranks.memory_gb,
         config=to_dict(config),
     )
+
+
+def log_machine(ranks: Ranks, config: Config, log: RunLog) -> None:
+    """What started the run, and whether its GPU suits the number type."""
+    log.info(str(ranks.launch))
+    if slow := bf16_warning(ranks.device, DTYPES[config.train.dtype]):
+        log.warning(slow)
 
 
 def with_steps(config: Config, rows: int, log: RunLog) -> Config:

@@ -231,7 +231,7 @@ def test_mean_source_length_of_glue(t5, tmp_path):
 
 
 def test_a_spiece_model_alone_is_enough(tmp_path):
-    """T5's own bases ship no tokenizer.json. Fails without sentencepiece or protobuf, which transformers converts with."""
+    """T5's own bases ship no tokenizer.json. Fails without sentencepiece, or protobuf, with which it is converted."""
     import sentencepiece
 
     text = "the cat sat on the mat while the dog ran over a hill and an old bird sang to no one at all".split()

@@ -453,7 +453,7 @@ class Waits(TorchDispatchMode):
 
 
 def synchronizations(ranks: Ranks, steps: int, **config: Any) -> list[int]:
-    """The steps (from 1) in which DeepSpeed asks the accelerator to finish all of its work, each as often as it asks."""
+    """The steps (from 1) in which the accelerator is asked to finish all of its work, each as often as it is asked."""
     from deepspeed.accelerator import get_accelerator
 
     engine = toy_engine(ToyModel(), settings(**config), ranks)

@@ -83,5 +83,6 @@ def out_of_memory(error: torch.OutOfMemoryError, step: int, train: TrainSettings
         now = "set train.micro_batch_size (now all rows of a rank) or train.tokens_per_micro_batch=auto"
     return OutOfGpuMemory(
         f"step {step}: out of GPU memory{f' ({asked})' if asked else ''}; {now}, or set "
-        "model.activation_checkpointing=all; `hdscale plan` says what a step needs"
+        "model.activation_checkpointing=all, each with another run.name or --fresh; or continue this run with "
+        "deepspeed=ds_configs/zero3_bf16.json. `hdscale plan` says what fits"
     )

@@ -124,6 +124,8 @@ def find_builds(backend: str) -> list[Build]:
     """
     found = []
     for record in kernel_folder().glob(f"{backend}-{_key(backend)}-*/build.json"):
+        if "." in record.parent.name:
+            continue  # a temporary folder, whole and about to be renamed, or left by a killed process
         try:
             build = Build(record.parent, backend, **json.loads(record.read_text()))
             found.append((build.of_this_torch, record.stat().st_mtime, str(record), build))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,15 +57,20 @@ def compiler_version(backend: str) -> str:
     Raises:
         CompilerError: if there is none, or if it is of another CUDA than torch.
     """
-    command = str(cuda_home() / "bin" / "nvcc") if backend == "cuda" else os.environ.get("CXX", "c++")
+    command = [str(cuda_home() / "bin" / "nvcc")] if backend == "cuda" else cxx()
     try:
-        lines = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()
+        lines = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise CompilerError(f"no compiler: {command} --version fails; install one or set CXX") from error
+        raise CompilerError(f"no compiler: {shlex.join(command)} --version fails; install one or set CXX") from error
     version = next((line for line in lines if "release" in line), lines[0]).strip()
     if backend == "cuda":
         check_same_cuda(version)
     return version
+
+
+def cxx() -> list[str]:
+    """The C++ compiler's command: $CXX, which may have options or a cache before it, else c++."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 def check_same_cuda(version: str) -> None:
@@ -145,7 +151,7 @@ def make_stand_ins(folder: Path) -> None:
     folder.mkdir()
     for name in STAND_INS:
         file = f"lib{name}.so"
-        command = [os.environ.get("CXX", "c++"), "-shared", f"-Wl,-soname,{file}", "-o", str(folder / file)]
+        command = [*cxx(), "-shared", f"-Wl,-soname,{file}", "-o", str(folder / file)]
         subprocess.run([*command, "-x", "c++", os.devnull], check=True)
 
 

@@ -154,6 +154,7 @@ def test_what_a_killed_build_left_is_cleared_away(cache, quick_compile):
     torn = cache / f"{target.name}.tmpdead"
     torn.mkdir()
     (torn / "lock").write_text("left by a killed build")
+    (torn / "build.json").write_text((target / "build.json").read_text())  # killed just before the folder was renamed
     (target / "build.json").unlink()  # not whole: no record
     assert build.build_kernels("cpp").folder == target
     assert len(quick_compile) == 2 and not torn.exists() and (target / "build.json").exists()

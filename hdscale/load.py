@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hdscale.config import Config, load_config
 from hdscale.data.batches import IGNORED
 from hdscale.data.tasks.aliases import canonical
 from hdscale.data.tokenize import load_tokenizer
+from hdscale.engine.devices import bf16_warning, prepare_cuda
 from hdscale.errors import UserError
 from hdscale.evaluation.generation import UNKNOWN_TASK, task_id_of
 from hdscale.modeling.config import CONFIG_FILE
@@ -25,6 +27,8 @@ from hdscale.modeling.model import build_model, from_pretrained
 from hdscale.ops.precision import DTYPES
 from hdscale.resolve import resolve_model
 from hdscale.runs.folder import ADAPTER, CONFIG
+
+logger = logging.getLogger("hdscale.load")
 
 
 @dataclasses.dataclass
@@ -129,7 +133,11 @@ class Choice:
         """
         self.check()
         device = self.torch_device
+        if device.type == "cuda":
+            prepare_cuda()
         dtype = DTYPES[self.dtype or (config.train.dtype if self.run else "bf16" if device.type == "cuda" else "fp32")]
+        if slow := bf16_warning(device, dtype):
+            logger.warning(slow)
         kind = self.kind()
         if kind == "run":
             return self._load_run(config, dtype, device)

@@ -14,6 +14,7 @@ from hdscale.evaluation.averages import check_select
 from hdscale.evaluation.metrics import check_metrics
 from hdscale.modeling.config import HyperdecoderConfig
 from hdscale.modeling.methods import check_method
+from hdscale.ops.backend import BF16_ONLY
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def resolve(config: Config, world_size: int) -> Resolved:
     model = HyperdecoderConfig(config.model, config.method, [task.name for task in tasks.trained])
     check_method(model)
     base_config(model.model)
+    if config.method.backend == "cuda" and config.train.dtype != "bf16":
+        raise UserError(BF16_ONLY)
     deepspeed = resolve_deepspeed_config(config.deepspeed, config.train, world_size)
     stage = zero_stage(deepspeed)
     if config.train.tokens_found_automatically and stage == 3:

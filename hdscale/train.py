@@ -35,6 +35,7 @@ from hdscale.data.tasks import Task
 from hdscale.data.tokenize import load_tokenizer, tokenized_split
 from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
 from hdscale.engine.deepspeed_engine import Engine, build_engine, parameter_counts
+from hdscale.engine.devices import OutOfGpuMemory, bf16_warning
 from hdscale.engine.environment import read_environment, set_interface
 from hdscale.engine.preemption import Preemption
 from hdscale.engine.ranks import Ranks
@@ -90,7 +91,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         return EXIT_DONE
 
     with open_log(folder, config, ranks) as log, Preemption(ranks) as preemption:
-        log.info(str(ranks.launch))
+        log_machine(ranks, config, log)
 
         # ---- data: one global order of all tasks' rows
         tokenizer = load_tokenizer(tokenizer_name(config.model), config.model.revision)
@@ -228,6 +229,13 @@ def open_log(folder: RunFolder, config: Config, ranks: Ranks) -> RunLog:
         memory=ranks.memory_gb,
         config=to_dict(config),
     )
+
+
+def log_machine(ranks: Ranks, config: Config, log: RunLog) -> None:
+    """What started the run, and whether its GPU suits the number type."""
+    log.info(str(ranks.launch))
+    if slow := bf16_warning(ranks.device, DTYPES[config.train.dtype]):
+        log.warning(slow)
 
 
 def with_steps(config: Config, rows: int, log: RunLog) -> Config:
@@ -432,9 +440,8 @@ def run(config_file: str, overrides: list[str], fresh: bool = False) -> int:
     except UserError as error:
         report(error, show=rank == 0)
         return EXIT_USER_ERROR
-    except RendezvousError as error:
-        # not the user's mistake, so a job tries again; each rank knows other ranks to be missing, so each prints its
-        # own
+    except (RendezvousError, OutOfGpuMemory) as error:
+        # no mistake in the command for sure, so a job tries again; each rank prints its own, which another may not have
         print(f"hdscale: {error}", file=sys.stderr, flush=True)
         return EXIT_BROKEN
     finally:

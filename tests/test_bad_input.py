@@ -57,6 +57,7 @@ CASES = [
     (["data.root=/no/such/mirror"], ["/no/such/mirror"]),
     (["method.encoder.dim=0"], ["method.encoder.dim"]),
     (["data.tasks=[]"], ["data.tasks"]),
+    (["method.backend=cuda", "train.dtype=fp32"], ["method.backend=cuda computes in bf16 only", "method.backend=auto"]),
 ]
 
 

@@ -240,6 +240,15 @@ def test_status_shows_states_steps_and_errors(recorded: Path, capsys: pytest.Cap
     assert "seed=2: torch.OutOfMemoryError: CUDA out of memory (exit code 1; not requeued)" in lines
 
 
+def test_status_says_what_did_not_fit(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line of a run that ends without a traceback. Fails if only the names of exceptions are looked for."""
+    log = launch_folder(recorded, "grid") / "7_2_0_log.out"
+    log.write_text("step 2/9  loss 1.0\nhdscale: step 3: out of GPU memory; lower it\nsrun: error: Exited\n")
+    assert main(["launch", "--status", "grid", "--dir", str(recorded)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "seed=2: hdscale: step 3: out of GPU memory; lower it (exit code 1; not requeued)" in out
+
+
 def test_status_without_a_name_lists_launches(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "--status", "--dir", str(recorded)]) == 0
     assert "grid: slurm job 7, 4 runs" in capsys.readouterr().out

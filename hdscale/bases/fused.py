@@ -49,7 +49,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         sides, mask, out, logsumexp, seed, offset = ctx.saved_tensors
         query, key, value = sides.unbind(2)
         # the three gradients are views of one tensor of the shape of `sides`
@@ -81,7 +81,7 @@ class _GatedGelu(torch.autograd.Function):
         return product
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         together, bent, mask = ctx.saved_tensors
         if mask is not None:
             gradient = aten.native_dropout_backward(gradient, mask, ctx.scale)

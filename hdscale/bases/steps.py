@@ -22,7 +22,9 @@ MOST_GRAPHS = 32
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """[N, D] -> [N, D]: division by the root mean square, no mean, no bias."""
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), epsilon)
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    return torch.rms_norm(x, x.shape[-1:], weight, epsilon)
 
 
 def add_norm(
@@ -41,7 +43,7 @@ def add_norm(
         x + dropout(y), and its norm: both [N, D].
     """
     if y is not None:
-        x = x + (F.dropout(y, dropout) if dropout else y)
+        x = x + (torch.dropout(y, dropout, True) if dropout else y)
     return x, norm(x, weight, epsilon)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hdscale.engine.devices import prepare_cuda
 from hdscale.errors import UserError
 
 
@@ -20,7 +21,10 @@ def device_of(name: str | None) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UserError("--device cuda: no GPU is visible; use --device cpu")
-    return torch.device(name or ("cuda" if available else "cpu"))
+    device = torch.device(name or ("cuda" if available else "cpu"))
+    if device.type == "cuda":
+        prepare_cuda()
+    return device
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> float:

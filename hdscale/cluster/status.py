@@ -149,7 +149,9 @@ def find_error(folder: Path, index: int, record: LaunchRecord, state: RunState) 
     mistakes = error_file(folder, index)
     if mistakes.exists():
         return mistakes.read_text().split("\n")[0]
-    exception = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Stopped|Failure)\b.*", re.MULTILINE)
+    exception = re.compile(
+        r"^hdscale: .*out of GPU memory.*|^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Stopped|Failure)\b.*", re.MULTILINE
+    )
     for log in log_files(folder, index, record, state):
         if log.exists() and (found := exception.findall(log.read_text(errors="replace"))):
             return f"{found[-1].strip()} ({state.reason})"

@@ -11,9 +11,14 @@ import torch
 from hdscale.errors import UserError
 from hdscale.files import cache_folder
 from hdscale.ops.backend import availability
-from hdscale.ops.build import BuildError, build_kernels, cuda_architectures, find_built, forced_cuda
+from hdscale.ops.build import Build, BuildError, build_kernels, find_builds, forced_cuda, load_kernels
 
 COMPILED = ("cpp", "cuda")
+OPERATORS_WITH_KERNELS = (
+    "generated_adapter",
+    "generated_adapter_backward",
+    "generated_adapter_heads_backward",
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class Findings:
         gpus: names of the visible GPUs.
         cache: folder of the compiled kernels.
         backends: for each backend its `state`, a `detail` for people, and what is known of its build. The state is
-            `usable`; `buildable` (at first use or by --build); `built` (for machines with a GPU); or `unusable`.
+            `usable`; `buildable` (at first use or by --build); for machines with a GPU `loaded`, or `built` where this
+            CPU build of torch cannot load it; or `unusable`.
         active: for CPU and GPU the backend that `method.backend=auto` uses.
         build_failed: whether a requested build failed.
     """
@@ -86,23 +92,47 @@ def examine_backend(backend: str, build: bool, rebuild: bool = False) -> dict[st
         rebuild: even if they are built already.
     """
     try:
-        if build:
-            build_kernels(backend, force=rebuild)
-        built = find_built(backend)
+        builds = [build_kernels(backend, force=rebuild)] if build else find_builds(backend)
     except BuildError as error:
         return {"state": "unusable", "detail": str(error), "error": str(error)}
+    known = {"folder": str(builds[0].folder), "seconds": builds[0].seconds} if builds else {}
     if backend == "cuda" and not torch.cuda.is_available():
-        if built is None:
-            remedy = "on a login node, build with HDSCALE_FORCE_CUDA=1 hdscale doctor --build"
-            return {"state": "unusable", "detail": f"no CUDA device is visible; {remedy}"}
-        target = f"built for {' '.join(cuda_architectures())}"
-        return {"state": "built", "detail": f"{target}, for machines with a GPU; no CUDA device is visible"} | built
-    if built is None:
+        return without_gpu(builds) | known
+    if not builds:
         return {
             "state": "buildable",
             "detail": "not built yet: will be built at first use, or by hdscale doctor --build",
         }
-    found = availability(backend)
-    if not found.usable:
-        return {"state": "unusable", "detail": found.reason, "error": found.reason}
-    return {"state": "usable", "detail": found.reason} | built
+    found = [availability(backend, device) for device in devices_of(backend)]
+    failed = [one.reason for one in found if not one.usable]
+    if failed:
+        return {"state": "unusable", "detail": failed[0], "error": failed[0]}
+    return {"state": "usable", "detail": found[0].reason} | known
+
+
+def devices_of(backend: str) -> list[torch.device]:
+    """The devices that a backend computes on."""
+    if backend == "cpp":
+        return [torch.device("cpu")]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def without_gpu(builds: list[Build]) -> dict[str, Any]:
+    """The entry of the CUDA kernels where no GPU is visible. A CUDA build of torch loads them all the same."""
+    if not builds:
+        remedy = "on a login node, build with HDSCALE_FORCE_CUDA=1 hdscale doctor --build"
+        return {"state": "unusable", "detail": f"no CUDA device is visible; {remedy}"}
+    target = f"built for {' '.join(builds[0].architectures)}, for machines with a GPU; no CUDA device is visible"
+    if torch.version.cuda is None:
+        return {"state": "built", "detail": f"{target}; this CPU build of torch cannot load them"}
+    try:
+        load_kernels("cuda")
+    except BuildError as error:
+        return {"state": "unusable", "detail": str(error), "error": str(error)}
+    registered = all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"hdscale::{name}", "CUDA") for name in OPERATORS_WITH_KERNELS
+    )
+    if not registered:
+        reason = f"{builds[0].library} loads, but has no CUDA kernels"
+        return {"state": "unusable", "detail": reason, "error": reason}
+    return {"state": "loaded", "detail": target}

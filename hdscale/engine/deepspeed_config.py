@@ -76,6 +76,9 @@ def resolve_deepspeed_config(path: str | None, train: TrainSettings, world_size:
     config["bf16"] = {**section(config, "bf16", name), "enabled": train.dtype == "bf16"}
     config["data_types"] = {**section(config, "data_types", name), "grad_accum_dtype": "fp32"}
     config["managed_gradient_accumulation"] = False
+    # its throughput timer waits for the device before and after each step, from the third on
+    timers = section(config, "timers", name)
+    config["timers"] = {**timers, "throughput": {"enabled": False, **section(timers, "throughput", f"{name}: timers")}}
     # torch's AdamW is used everywhere: DeepSpeed's own CPU Adam would be compiled on each machine
     config["zero_force_ds_cpu_optimizer"] = False
     config["zero_allow_untested_optimizer"] = True

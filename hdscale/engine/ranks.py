@@ -13,6 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from hdscale.engine.devices import check_own_gpu, gpu_identity, prepare_cuda
 from hdscale.engine.environment import Launch, read_environment
 from hdscale.engine.rendezvous import meet
 from hdscale.errors import UserError
@@ -72,12 +73,14 @@ class Ranks:
             rendezvous_seconds: how long to wait for every rank to appear.
 
         Raises:
-            UserError: if there is no GPU for this rank.
+            UserError: if there is no GPU for this rank, or two ranks have the same one.
             RendezvousError: naming the ranks that have not appeared.
         """
         launch = launch or read_environment(os.environ)
         device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
         threads = set_threads(threads, launch.local_world_size)
+        if device_type == "cuda":
+            prepare_cuda()
         place = choose_device(device_type, launch.local_rank)
         address, port = launch.master_addr, launch.master_port or free_port()
         # DeepSpeed reads these even where the process group exists already
@@ -94,6 +97,8 @@ class Ranks:
             torch.cuda.set_device(place)
         store = dist.HashStore() if launch.world_size == 1 else meet(launch, rendezvous_seconds)
         store.set_timeout(timeout)
+        if device_type == "cuda":
+            check_own_gpu(store, launch.rank, launch.world_size, f"{socket.gethostname()}: {gpu_identity(place)}")
         group: dict[str, Any] = {
             "rank": launch.rank,
             "world_size": launch.world_size,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+import torch
+
 from hdscale.data.feed import Feed
 from hdscale.engine.deepspeed_engine import Engine, PendingStep
+from hdscale.engine.devices import out_of_memory
 from hdscale.runs.log import RunLog
 
 
@@ -36,11 +39,15 @@ class Steps:
 
         Raises:
             NonFiniteError: on every rank, for the step before it or this one.
+            OutOfGpuMemory: on a rank whose GPU is too small for the step.
         """
         if self._pending is None:
             self._since = time.monotonic()
         batches = self._feed.next()
-        pending = self._engine.train_step(batches.micro_batches, batches.mine)
+        try:
+            pending = self._engine.train_step(batches.micro_batches, batches.mine)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, self._engine.step + 1, self._engine.train) from error
         counts = {
             "samples": len(batches.rows),
             "tokens": sum(len(row.input_ids) + len(row.labels) for row in batches.rows),

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from hdscale.errors import UserError, nearest
-from hdscale.ops.build import BuildError, load_kernels
+from hdscale.ops.architectures import OLDEST
+from hdscale.ops.build import BuildError, load_kernels, reason_of
 from hdscale.ops.cases import TOLERANCE, random_case, reference, relative_error
 from hdscale.ops.naive import AdapterHeads, Shape
 
 BACKENDS = ("auto", "cpp", "cuda", "torch")
 _DEVICE = {"cpp": "cpu", "cuda": "cuda"}
 _DTYPES = {"cpp": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+
+BF16_ONLY = "method.backend=cuda computes in bf16 only; use bf16 (train.dtype, --dtype), or method.backend=auto"
 
 logger = logging.getLogger("hdscale.ops")
 
@@ -36,36 +39,64 @@ class Availability:
     seconds: float = 0.0
 
 
-@functools.cache
-def availability(backend: str) -> Availability:
-    """Build (at first use) and load a backend's kernels. A failure is logged once as a warning, and is the reason."""
+def availability(backend: str, device: torch.device | None = None) -> Availability:
+    """Whether a backend can be used on a device; its kernels are built (at first use) and loaded.
+
+    A failure is logged once as a warning, and is the reason.
+
+    Args:
+        backend: `cpp`, `cuda` or `torch`.
+        device: for `cuda`, the GPU; default: the current one. Results are checked on each before it is used.
+    """
     if backend == "torch":
         return Availability(True, "plain PyTorch")
-    if backend == "cuda" and not torch.cuda.is_available():
+    if backend == "cpp":
+        return _loaded(backend)
+    if torch.version.hip:
+        return Availability(False, "this torch is built for ROCm, and the kernels for CUDA")
+    if not torch.cuda.is_available():
         return Availability(False, "no CUDA device is visible")
-    if backend == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    if torch.cuda.get_device_capability(index) < OLDEST:
         return Availability(False, "the kernels need compute capability 8.0 (A100) or later")
+    loaded = _loaded(backend)
+    return _checked(index, loaded) if loaded.usable else loaded
+
+
+@functools.cache
+def _loaded(backend: str) -> Availability:
     try:
         kernels = load_kernels(backend)
     except BuildError as error:
-        logger.warning("generated adapters run in plain PyTorch: the %s kernels could not be built: %s", backend, error)
+        logger.warning(
+            "generated adapters run in plain PyTorch: the %s kernels do not build or load: %s", backend, error
+        )
         return Availability(False, str(error))
-    if backend == "cuda":
-        try:
-            errors = _first_use_errors()
-        except RuntimeError as error:
-            logger.warning("generated adapters run in plain PyTorch: the CUDA kernels failed their check: %s", error)
-            return Availability(False, f"the kernels failed on this GPU: {error}")
-        if not max(errors.values()) <= 2 * TOLERANCE[torch.bfloat16]:
-            logger.warning("generated adapters run in plain PyTorch: the CUDA kernels failed their check: %s", errors)
-            return Availability(False, f"the kernels' results on this GPU are wrong: {errors}")
     logger.info("generated adapters: backend %s (%s)", backend, kernels.description)
     return Availability(True, kernels.description, kernels.seconds)
 
 
-def _first_use_errors() -> dict[str, float]:
-    """Errors of the CUDA kernels on one small case with odd sizes, against double precision on this GPU."""
-    case = random_case(Shape(B=19, T=5, D=72, A=20, K=40, N=2), torch.bfloat16, "cuda")
+@functools.cache
+def _checked(index: int, loaded: Availability) -> Availability:
+    """Whether the CUDA kernels' results on one GPU are right."""
+    failure = ""
+    try:
+        # a first call may come from an evaluation, and the check needs gradients
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+            errors = first_use_errors(torch.device("cuda", index))
+        if not max(errors.values()) <= 2 * TOLERANCE[torch.bfloat16]:
+            failure = f"the kernels' results on GPU {index} are wrong: {errors}"
+    except RuntimeError as error:
+        failure = f"the kernels failed on GPU {index}: {reason_of(error)}"
+    if not failure:
+        return loaded
+    logger.warning("generated adapters run in plain PyTorch: %s", failure)
+    return Availability(False, failure)
+
+
+def first_use_errors(device: torch.device) -> dict[str, float]:
+    """Errors of a device's kernels on one small case with odd sizes, against double precision."""
+    case = random_case(Shape(B=19, T=5, D=72, A=20, K=40, N=2), torch.bfloat16, device)
     x = [tensor.detach() for tensor in case.x]
     kernels, heads = torch.ops.hdscale, case.heads
     ys, dxs, dzs, hiddens = [], [], [], []
@@ -95,8 +126,16 @@ def _first_use_errors() -> dict[str, float]:
 
 
 @torch.compiler.assume_constant_result
-def _usable(backend: str) -> bool:
-    return availability(backend).usable
+def _usable(backend: str, device: torch.device) -> bool:
+    return availability(backend, device).usable
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _beyond_kernels(backend: str, shape: Shape | None) -> str:
+    """The backend for a shape that the named one has no kernels for; said once for each."""
+    logger.warning("method.backend=%s has no kernels for %s: it is computed in plain PyTorch", backend, shape)
+    return "torch"
 
 
 def resolve_backend(wanted: str, *tensors: Tensor, shape: Shape | None = None) -> str:
@@ -108,24 +147,31 @@ def resolve_backend(wanted: str, *tensors: Tensor, shape: Shape | None = None) -
         shape: of the call.
 
     Raises:
-        UserError: if `wanted` is unknown, belongs to another device, or cannot be built on this machine.
+        UserError: if `wanted` is unknown, belongs to another device or number type, or cannot be built on this machine.
     """
     if wanted == "torch":
         return wanted
-    device = tensors[0].device.type
+    place = tensors[0].device
+    device = place.type
     if wanted == "auto":
         backend = {"cpu": "cpp", "cuda": "cuda"}.get(device, "torch")
-        possible = backend != "torch" and supports(backend, tensors, shape) and _usable(backend)
+        possible = backend != "torch" and supports(backend, tensors, shape) and _usable(backend, place)
         return backend if possible else "torch"
     if wanted not in BACKENDS:
         raise UserError(f"method.backend={wanted} is unknown{nearest(wanted, BACKENDS)}")
     if device != _DEVICE[wanted]:
         raise UserError(f"method.backend={wanted} cannot compute on {device}; use method.backend=auto")
-    if not _usable(wanted):
-        reason = availability(wanted).reason
+    if not _usable(wanted, place):
+        reason = availability(wanted, place).reason
         raise UserError(f"method.backend={wanted} is not available on this machine ({reason}); use method.backend=auto")
-    # number types without kernels fall back to PyTorch instead of failing: float64 in a test, float32 on a GPU
-    return wanted if supports(wanted, tensors, shape) else "torch"
+    if supports(wanted, tensors, shape):
+        return wanted
+    if wanted == "cuda":
+        if any(tensor.dtype not in _DTYPES[wanted] for tensor in tensors):
+            raise UserError(BF16_ONLY)
+        return _beyond_kernels(wanted, shape)
+    # on a CPU, float64 in a test falls back to PyTorch
+    return "torch"
 
 
 LARGEST_CUDA_CODE, MOST_CUDA_LAYERS = 480, 64

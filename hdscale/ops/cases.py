@@ -26,13 +26,13 @@ class Case(NamedTuple):
     dy: list[Tensor]  # N x [B, T, D]
 
 
-def random_case(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Case:
+def random_case(shape: Shape, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Case:
     """Inputs scaled so that every intermediate value is of order one."""
     B, T, D, A, K, N = shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def draw(*size: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*size, generator=generator).mul_(scale).to(device, dtype)
+        return torch.randn(*size, generator=generator, device="cpu").mul_(scale).to(device, dtype)
 
     heads = AdapterHeads(
         down_weight=draw(D * A, K, scale=(D * K) ** -0.5),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import tomllib
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from hdscale.data.tasks import expand_tasks, get_task
 from hdscale.data.tasks.sizes import TABLE_10
 from hdscale.data.tokenize import cache_key, load_tokenizer, tokenized_split, tokenizer_fingerprint
 from hdscale.errors import UserError
-from tests.helpers.places import HUB, T5_TOKENIZER, needs_real_text
+from tests.helpers.places import HUB, ROOT, T5_TOKENIZER, needs_real_text
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +228,26 @@ def test_mean_source_length_of_glue(t5, tmp_path):
     total = sum(sizes["train"] for sizes in TABLE_10.values())
     mixed = sum(TABLE_10[name]["train"] * mean for name, mean in means.items()) / total
     assert mixed == pytest.approx(45.8, abs=0.3)
+
+
+def test_a_spiece_model_alone_is_enough(tmp_path):
+    """T5's own bases ship no tokenizer.json. Fails without sentencepiece, or protobuf, with which it is converted."""
+    import sentencepiece
+
+    text = "the cat sat on the mat while the dog ran over a hill and an old bird sang to no one at all".split()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(text[start:] + text[:start]) for start in range(len(text))]),
+        model_prefix=str(tmp_path / "spiece"), vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2,
+        bos_id=-1, minloglevel=3,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "architectures": ["T5Model"]}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    ids = tokenizer("the cat sat on a hill").input_ids
+    assert ids[-1] == tokenizer.eos_token_id == 1 and tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the cat sat on a hill"
+
+
+def test_what_reads_a_spiece_model_comes_with_hdscale():
+    """Fails if either is only an extra's: a bare installation could not read T5's own tokenizer."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert {"sentencepiece", "protobuf"} <= {requirement.split(">")[0] for requirement in declared}

@@ -31,6 +31,15 @@ def test_shipped_files_are_accepted(path):
     assert config["zero_optimization"]["reduce_bucket_size"] == 5002
 
 
+def test_timers_that_wait_for_the_device_are_off_unless_asked_for(tmp_path):
+    """Fails without the entry: DeepSpeed's own default is on."""
+    assert resolve_deepspeed_config(None, train(), 2)["timers"] == {"throughput": {"enabled": False}}
+    file = tmp_path / "timed.json"
+    file.write_text(json.dumps({**DEFAULT, "timers": {"throughput": {"enabled": True, "synchronized": False}}}))
+    found = resolve_deepspeed_config(str(file), train(), 2)["timers"]
+    assert found == {"throughput": {"enabled": True, "synchronized": False}}
+
+
 def test_default_is_the_shipped_zero2():
     assert json.loads((SHIPPED[0].parent / "zero2_bf16.json").read_text()) == DEFAULT
     assert json.loads((SHIPPED[0].parent / "zero2_fp32.json").read_text()) == read_deepspeed_config(None, "fp32")[0]

@@ -183,6 +183,13 @@ def test_a_step_waits_for_nothing_on_the_device(rank_pool, tmp_path):
         assert found["after"]
 
 
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_no_step_waits_for_all_of_the_device(rank_pool, stage):
+    """DeepSpeed's throughput timer would from the third step on, twice for each pass: fails if it is left on."""
+    for asked in rank_pool(2).run("tests.helpers.engine_jobs:synchronizations", {"steps": 5, **ZERO[stage]}):
+        assert [step for step in asked if step >= 3] == []
+
+
 @pytest.mark.parametrize("stage", ["zero2", "zero3", "zero3_small"])
 def test_ranks_may_evaluate_different_numbers_of_batches(rank_pool, stage):
     first, second = rank_pool(2).run("tests.helpers.engine_jobs:evaluate_unevenly", ZERO[stage], timeout=60)

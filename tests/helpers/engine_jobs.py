@@ -452,6 +452,22 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def synchronizations(ranks: Ranks, steps: int, **config: Any) -> list[int]:
+    """The steps (from 1) in which the accelerator is asked to finish all of its work, each as often as it is asked."""
+    from deepspeed.accelerator import get_accelerator
+
+    engine = toy_engine(ToyModel(), settings(**config), ranks)
+    accelerator, asked = get_accelerator(), []
+    before = accelerator.synchronize
+    accelerator.synchronize = lambda *_, **__: asked.append(engine.step + 1)
+    try:
+        for step in range(steps):
+            engine.train_step(micro_batches(step, ranks.rank, ranks.world_size, BATCH)).result()
+    finally:
+        accelerator.synchronize = before
+    return asked
+
+
 def waits_of_a_step(ranks: Ranks, base: str, **config: Any) -> dict[str, list[str]]:
     """What a step of a real hyperdecoder would wait for, and what reading its result does."""
     from hdscale.modeling import HyperdecoderConfig, build_model

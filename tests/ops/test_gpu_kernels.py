@@ -97,16 +97,6 @@ def test_kernels_in_the_emulator_at_many_shapes(emulator):
         check_emulated(emulator, shape, seed=draw.randrange(1 << 30))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("nvcc") and not Path("/usr/local/cuda/bin/nvcc").exists(), reason="no nvcc")
-def test_nvcc_compiles_for_a100_and_h100(tmp_path, monkeypatch):
-    from hdscale.ops.build import build_kernels
-
-    monkeypatch.setenv("HDSCALE_CACHE", str(tmp_path))
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0")
-    assert (build_kernels("cuda") / "hdscale_cuda.so").stat().st_size > 0
-
-
 # ---- on a GPU --------------------------------------------------------------------------------------------
 
 GPU_SHAPES = [

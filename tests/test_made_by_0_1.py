@@ -68,10 +68,9 @@ def test_an_interrupted_run_is_resumed_to_its_end(rank_pool, interrupted) -> Non
     assert ours["steps"] == STEPS and ours["tasks"].keys() == theirs["tasks"].keys()
     assert ours["samples"] == theirs["samples"] and ours["tokens"] == theirs["tokens"]
     assert ours["trainable"] == theirs["trainable"]
-    if same_computer():
-        assert found == wanted
-    else:
-        assert list(found.values()) == pytest.approx(list(wanted.values()), rel=0.05)
+    # 0.2 has another T5: the last bits differ, and their differences grow with the steps
+    tolerance = 1e-4 if same_computer() else 0.05
+    assert list(found.values()) == pytest.approx(list(wanted.values()), rel=tolerance)
 
 
 def test_a_run_that_is_done_is_not_trained_again(rank_pool, tmp_path) -> None:

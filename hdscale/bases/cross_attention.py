@@ -6,7 +6,8 @@ takes a sixth of a training step at T5-large. Matrix products are associative, s
     q (h W_k)^T = (q W_k^T) h^T        p (h W_v) = (p h) W_v
 
 W_k and W_v are multiplied with T queries instead of S source tokens. For the backward pass the source itself is kept,
-once for all layers, instead of keys and values in each layer.
+once for all layers, instead of keys and values in each layer. A GPU projects all the same: what it saves in products it
+loses in launches (T5-large on an H200, 4 targets: 0.83 to 1.0 of the speed from 16 x 64 to 64 x 512 source tokens).
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ T H D, is then smaller than keys and values, 2 S H d."""
 
 MOST_BYTES_AT_ONCE = 256 * 2**20
 """Bytes of all layers' keys and values up to which they come from one product."""
-FEWEST_SOURCE_TOKENS = 8192
-"""Source tokens of a pass from which a GPU gains by not projecting them: below, its host and launches are the limit,
-and the unprojected way has more of them."""
+
+
+def leaves_source(source: Tensor, targets: int, d_kv: int, gain: float = TRAINING_GAIN) -> bool:
+    """Whether to attend to a source [B, S, D] without projecting it."""
+    return source.device.type == "cpu" and few_targets(targets, source.shape[1], d_kv, gain)
 
 
 def few_targets(targets: int, sources: int, d_kv: int, gain: float = TRAINING_GAIN) -> bool:

@@ -33,7 +33,8 @@ def joined_product(x: Tensor, *linears: nn.Linear) -> Tensor | None:
 
 def joined_weight(*linears: nn.Linear) -> Tensor | None:
     """The weights of linears one below the other, as a view of where they are; None if they are not to be joined."""
-    weights = [linear._parameters["weight"] for linear in linears]
+    # `get`, as the look-up by index or attribute makes DeepSpeed's stage 3 gather a weight
+    weights = [linear._parameters.get("weight") for linear in linears]
     first = weights[0]
     assert first is not None
     if first.device.type not in JOINED_ON:

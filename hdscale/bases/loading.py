@@ -13,8 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from hdscale.bases.families import family_of
 from hdscale.bases.interface import Base
+from hdscale.bases.packing import SMALLEST_PACKED_HEAD
 from hdscale.bases.settings import ModelSettings
-from hdscale.bases.sizes import BUILT_IN, architecture, base_config, resolve_name
+from hdscale.bases.sizes import BUILT_IN, architecture, base_config, resolve_name, stack_sizes
 from hdscale.bases.weights import adopt, has_own_head, load_mapped, weight_files
 from hdscale.errors import UserError, nearest
 
@@ -60,6 +61,12 @@ def load_base(settings: ModelSettings, dtype: torch.dtype, device: str | torch.d
     if settings.dropout is not None:
         config.dropout_rate = settings.dropout
     config._attn_implementation = settings.attention
+    size = stack_sizes(config, "encoder").d_kv
+    if settings.packing and torch.device(device).type == "cuda" and size < SMALLEST_PACKED_HEAD:
+        raise UserError(
+            f"model.packing=true: FlexAttention needs heads of at least {SMALLEST_PACKED_HEAD} numbers on a GPU, and "
+            f"'{settings.name}' has {size}; use model.packing=false"
+        )
     name = resolve_name(settings.name)
     if meta:
         base = empty_base(config, dtype, own_head=has_own_head(config))

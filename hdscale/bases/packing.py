@@ -28,6 +28,8 @@ from hdscale.bases.positions import Buckets, bias_by_distance, bias_matrix
 
 BLOCK = 128
 """Queries and keys per block of FlexAttention. On a GPU the packed length is a multiple of it, for fewer shapes."""
+SMALLEST_PACKED_HEAD = 16
+"""Numbers of a head that FlexAttention needs at least on a GPU (torch 2.11 fails to compile it for fewer)."""
 
 
 class Packed(SelfAttention):

@@ -23,12 +23,11 @@ from hdscale.bases.attention import CrossAttention, Heads, SelfAttention, WholeR
 from hdscale.bases.caches import KeptSource, LibraryCache, LibrarySource, NextToken, kept_dtype
 from hdscale.bases.cross_attention import (
     DECODING_GAIN,
-    FEWEST_SOURCE_TOKENS,
     MOST_BYTES_AT_ONCE,
     Projected,
     ProjectedAtOnce,
     Unprojected,
-    few_targets,
+    leaves_source,
 )
 from hdscale.bases.interface import Adaptation, Base, Encoding, LinearShape, Source, StackSizes, TokenDecoder
 from hdscale.bases.linears import joined_product, together
@@ -182,6 +181,8 @@ class Layer(nn.Module):
     def activated(self, x: Tensor, dropout: float) -> Tensor:
         """What the feed-forward's last product reads, [N, F]."""
         inputs = self.parts.inputs
+        if x.shape[0] > fused.MOST_TOKENS_JOINED:
+            return self.steps.activation(tuple(F.linear(x, linear.weight) for linear in inputs), dropout)
         if self.gated_gelu and x.is_cuda and torch.is_grad_enabled():
             joined = joined_product(x, *inputs)
             if joined is not None and joined.requires_grad:
@@ -379,7 +380,7 @@ class T5(Base):
         hidden, mask = encoding.hidden, source_mask(encoding.mask, encoding.hidden.dtype)
         if adapted or heads.explicit:
             return Projected(heads, hidden, mask)
-        if few_targets(length, hidden.shape[1], heads.size) and has_many_tokens(hidden):
+        if leaves_source(hidden, length, heads.size):
             return Unprojected(heads, hidden, mask)
         layers = [cast(Layer, layer).parts.cross for layer in self.decoder.block]
         linears = [linear for cross in layers if cross is not None for linear in (cross.k, cross.v)]
@@ -434,8 +435,7 @@ class NextTokens(TokenDecoder):
         self.base, self.adaptation = base, adaptation
         heads, hidden = base.heads(base.decoder), encoding.hidden
         if project_source is None:
-            few = few_targets(most_tokens, hidden.shape[1], heads.size, DECODING_GAIN)
-            project_source = not (few and has_many_tokens(hidden))
+            project_source = not leaves_source(hidden, most_tokens, heads.size, DECODING_GAIN)
         self.attend = NextToken(heads, hidden.shape[0], most_tokens, base.buckets(base.decoder))
         self.cross: KeptSource | Unprojected
         if project_source or (adaptation is not None and adaptation.adapts_attention):
@@ -458,11 +458,6 @@ class NextTokens(TokenDecoder):
         self.attend.keep(rows)
         self.cross.keep(rows)
         return True
-
-
-def has_many_tokens(hidden: Tensor) -> bool:
-    """Whether a source [B, S, D] is large enough for its device to gain by not projecting it."""
-    return hidden.device.type == "cpu" or hidden.shape[0] * hidden.shape[1] >= FEWEST_SOURCE_TOKENS
 
 
 def scales_output(config: PretrainedConfig, own_head: bool) -> bool:

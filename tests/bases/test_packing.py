@@ -15,8 +15,10 @@ from torch.overrides import TorchFunctionMode
 from hdscale.bases import t5
 from hdscale.bases.attention import Heads
 from hdscale.bases.interface import Source
+from hdscale.bases.loading import load_base
 from hdscale.bases.packing import BLOCK, Packed, block_mask_of
 from hdscale.bases.positions import Buckets, bias_matrix
+from hdscale.bases.settings import ModelSettings
 from hdscale.config import load_config
 from hdscale.data.batches import Row, collate
 from hdscale.data.micro_batches import deal
@@ -327,6 +329,12 @@ def test_methods_with_an_encoder_for_each_instance_refuse(method, options):
         UserError, match=f"model.packing=true: method '{method.replace('+', '.')}' .* use model.packing=false"
     ):
         check_method(config)
+
+
+def test_heads_that_are_too_small_for_a_gpu_are_refused_before_anything_is_loaded(base):
+    """FlexAttention does not compile for heads below 16 numbers (seen on an H200 with torch 2.11)."""
+    with pytest.raises(UserError, match="needs heads of at least 16 numbers on a GPU, and .* has 8; use model.packing"):
+        load_base(ModelSettings(name=str(base), packing=True), torch.float32, "cuda")
 
 
 def test_packing_has_an_attention_of_its_own():

@@ -17,7 +17,8 @@ from tests.helpers.places import ROOT
 from tests.helpers.slurm_cluster.cluster import wait_until
 
 RUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 from hdscale.cluster.job import run_with_signals
 sys.exit(run_with_signals([sys.executable, *sys.argv[1:]]))
 """

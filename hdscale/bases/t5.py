@@ -130,6 +130,7 @@ class Layer(nn.Module):
         self.index, self.is_decoder, self.epsilon = index, is_decoder, config.layer_norm_epsilon
         self.steps = Steps(add_norm, activation(config.dense_act_fn, config.is_gated_act))
         self.gated_gelu = config.is_gated_act and config.dense_act_fn == "gelu_new"
+        self.compiled = False
         # the same modules once more, not registered again: looking them up by name takes time in every pass
         self.parts = Parts(own, cross, feed_forward, feed_forward.inputs(), [sub.layer_norm for sub in subs])
 
@@ -183,7 +184,7 @@ class Layer(nn.Module):
         inputs = self.parts.inputs
         if x.shape[0] > fused.MOST_TOKENS_JOINED:
             return self.steps.activation(tuple(F.linear(x, linear.weight) for linear in inputs), dropout)
-        if self.gated_gelu and x.is_cuda and torch.is_grad_enabled():
+        if self.gated_gelu and not self.compiled and x.is_cuda and torch.is_grad_enabled():
             joined = joined_product(x, *inputs)
             if joined is not None and joined.requires_grad:
                 return fused.gated_gelu(joined, dropout)
@@ -214,10 +215,7 @@ class Layer(nn.Module):
         mixed = None if joined is None else attend.joined(joined, mask)
         if mixed is not None:
             return mixed
-        if joined is None:
-            query, key, value = (F.linear(x, linear.weight) for linear in linears)
-        else:
-            query, key, value = joined.chunk(3, dim=-1)
+        query, key, value = (F.linear(x, one.weight) for one in linears) if joined is None else joined.chunk(3, dim=-1)
         return attend(self.index, query, key, value, mask, None)
 
     def attend_to_source(
@@ -417,8 +415,8 @@ class T5(Base):
         if on:
             steps = Steps(*(compiled(step) for step in steps))
         for stack in (self.encoder, self.decoder):
-            for layer in stack.block:
-                cast(Layer, layer).steps = steps
+            for layer in cast(list[Layer], stack.block):
+                layer.steps, layer.compiled = steps, on
 
 
 class NextTokens(TokenDecoder):

@@ -30,6 +30,7 @@ def architecture(config: Config) -> Architecture:
         base.vocab_size,
         "gated" in base.feed_forward_proj,
         dropout,
+        base.model_type == "umt5",
     )
 
 

@@ -21,7 +21,10 @@ from hdscale.bases.cross_attention import few_targets
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the formulas need of a T5-family base."""
+    """What the formulas need of a T5-family base.
+
+    `own_biases`: each layer has position biases of its own (UMT5), and so a mask of its own.
+    """
 
     d_model: int
     d_ff: int
@@ -32,6 +35,7 @@ class Architecture:
     vocabulary: int
     gated: bool
     dropout: float
+    own_biases: bool = False
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,7 @@ def attention_bytes(queries: float, keys: float, pairs: float, base: Architectur
     """What an attention keeps: queries and keys are rows, pairs is B·(queries)·(keys) of an instance, summed.
 
     Fused kernels keep q, k, v, their output, and one number per row and head (the additive mask belongs to the stack,
-    not to a layer: see `shared_mask_bytes`). Eager attention, and on a CPU also attention with dropout, is not fused:
+    not to a layer: see `mask_bytes`). Eager attention, and on a CPU also attention with dropout, is not fused:
     the probabilities are kept three times (softmax, mask, product), on a CPU all of them in float32.
     """
     inner = base.heads * base.d_kv
@@ -268,12 +272,13 @@ def is_fused(base: Architecture, work: Work) -> bool:
     return work.attention != "eager" and not (work.device == "cpu" and base.dropout > 0)
 
 
-def shared_mask_bytes(elements: float, base: Architecture, work: Work, recomputed: bool) -> float:
-    """The additive mask of position bias and padding, made once for all layers of a stack.
+def mask_bytes(elements: float, layers: int, base: Architecture, work: Work, recomputed: bool) -> float:
+    """The additive mask of position bias and padding: of a stack, or of each layer that has biases of its own.
 
-    Fused kernels keep it, and so do layers that are recomputed.
+    Fused kernels keep it, and so do layers that are recomputed. The first layer needs none of its own (see below).
     """
-    return work.dtype_bytes * elements if recomputed or is_fused(base, work) else 0.0
+    masks = max(layers - 1, 1) if base.own_biases else 1
+    return work.dtype_bytes * elements * masks if recomputed or is_fused(base, work) else 0.0
 
 
 def feed_forward_bytes(rows: float, base: Architecture, work: Work) -> float:
@@ -313,7 +318,7 @@ def encoder_activations(base: Architecture, work: Work) -> tuple[float, float]:
         return 0.0, 0.0
     last = norm_bytes(rows, base, work) + stack_dropout_bytes(rows, base, work) + e * rows * base.d_model
     recomputed = work.checkpointing in ("encoder", "all")
-    last += shared_mask_bytes(base.heads * pairs, base, work, recomputed)
+    last += mask_bytes(base.heads * pairs, base.encoder_layers, base, work, recomputed)
     if recomputed:
         kept = base.encoder_layers * e * rows * base.d_model + last
         # what the recomputed block keeps is released as its gradients come
@@ -344,7 +349,9 @@ def decoder_activations(base: Architecture, work: Work) -> tuple[float, float]:
     adapter = 2 * e * work.rows * base.d_model * work.decoder_dim
     last = norm_bytes(rows, base, work) + stack_dropout_bytes(rows, base, work)
     recomputed = work.checkpointing in ("decoder", "all")
-    last += shared_mask_bytes(base.heads * work.target**2 + sources, base, work, recomputed)
+    own_mask = base.heads * work.target**2
+    last += mask_bytes(own_mask, base.decoder_layers, base, work, recomputed)
+    last += e * sources if is_fused(base, work) else 0.0
     if recomputed:
         kept = base.decoder_layers * e * rows * base.d_model + last
         return kept + block, (adapter if work.keeps_generated else 0)

@@ -275,7 +275,7 @@ def is_fused(base: Architecture, work: Work) -> bool:
 def mask_bytes(elements: float, layers: int, base: Architecture, work: Work, recomputed: bool) -> float:
     """The additive mask of position bias and padding: of a stack, or of each layer that has biases of its own.
 
-    Fused kernels keep it, and so do layers that are recomputed. The first layer needs none of its own (see below).
+    Fused kernels keep it, and so do layers that are recomputed. The first layer needs none of its own.
     """
     masks = max(layers - 1, 1) if base.own_biases else 1
     return work.dtype_bytes * elements * masks if recomputed or is_fused(base, work) else 0.0

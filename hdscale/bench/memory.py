@@ -95,7 +95,7 @@ def measured(case: Case, ranks: Ranks) -> int:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, vocabulary, (case.rows, case.source), generator=generator)
         mask = torch.ones_like(ids)
-        mask[0, case.source // 2 :] = 0  # some padding: without any, transformers leaves the mask away
+        mask[0, case.source // 2 :] = 0  # some padding
         batch = {
             "input_ids": ids,
             "attention_mask": mask,

@@ -42,7 +42,7 @@ class TrainSettings(Settings):
         "bf16", "data type of the frozen base and of the computation: bf16 or fp32; master weights are fp32"
     )
     compile: Literal["off", "on", "auto"] = setting(
-        "auto", "torch.compile of the encoder and decoder: off, on or auto (off on CPU)"
+        "auto", "torch.compile of what is between a layer's matrix products: off, on or auto (off on CPU)"
     )
     checkpoint_every: int = setting(1000, "save a checkpoint every this many steps", at_least=1)
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep", at_least=1)

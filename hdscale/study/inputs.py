@@ -8,6 +8,7 @@ from hdscale.bases.sizes import base_config
 from hdscale.config import Config
 from hdscale.modeling.model import build_model
 from hdscale.modeling.parameters import ParameterCount, count_parameters
+from hdscale.modeling.settings import MethodSettings
 from hdscale.resolve import resolve_model
 from hdscale.study.memory_model import Architecture, Work
 
@@ -29,6 +30,7 @@ def architecture(config: Config) -> Architecture:
         base.vocab_size,
         "gated" in base.feed_forward_proj,
         dropout,
+        base.model_type == "umt5",
     )
 
 
@@ -49,8 +51,20 @@ def work_of(config: Config, rows: int, device: str, sides: Sides) -> Work:
         generated=decoder[0] in ("generated", "task"),
         keeps_generated=config.method.backend == "torch",
         trains_base=config.method.name == "full_finetuning",
+        adapts_self_attention=adapts_self_attention(config.method),
         label_smoothing=config.train.label_smoothing,
     )
+
+
+def adapts_self_attention(method: MethodSettings) -> bool:
+    """Whether something in the decoder's self-attentions trains: their linears, prefixes, or (Hyperformer) norms."""
+    lora = method.lora.attention != "cross"
+    if method.name in ("lora", "modular"):
+        return lora
+    if method.name == "hyperdecoder" and method.decoder.adapter in ("task", "generated"):
+        forms = method.decoder.form.split("+")
+        return "prefix" in forms or ("lora" in forms and lora)
+    return method.name in ("hyperformer", "hyperformer++", "hyperprompt")
 
 
 def counted(config: Config) -> tuple[ParameterCount, Sides, int]:

@@ -21,7 +21,10 @@ from hdscale.bases.cross_attention import few_targets
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the formulas need of a T5-family base."""
+    """What the formulas need of a T5-family base.
+
+    `own_biases`: each layer has position biases of its own (UMT5), and so a mask of its own.
+    """
 
     d_model: int
     d_ff: int
@@ -32,6 +35,7 @@ class Architecture:
     vocabulary: int
     gated: bool
     dropout: float
+    own_biases: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Work:
         encoder_passes: 2 where the encoder's own first pass conditions its adapters.
         generated: the decoder's adapters are generated. keeps_generated: they are kept for the backward pass (the plain
             PyTorch backend), not formed again.
+        trains_base: all of the base's weights train.
+        adapts_self_attention: something in the decoder's self-attentions trains: their linears, prefixes, or norms.
         label_smoothing: of the loss.
     """
 
@@ -62,6 +68,7 @@ class Work:
     generated: bool = True
     keeps_generated: bool = False
     trains_base: bool = False
+    adapts_self_attention: bool = False
     label_smoothing: float = 0.0
 
     @property
@@ -231,7 +238,7 @@ def attention_bytes(queries: float, keys: float, pairs: float, base: Architectur
     """What an attention keeps: queries and keys are rows, pairs is B·(queries)·(keys) of an instance, summed.
 
     Fused kernels keep q, k, v, their output, and one number per row and head (the additive mask belongs to the stack,
-    not to a layer: see `shared_mask_bytes`). Eager attention, and on a CPU also attention with dropout, is not fused:
+    not to a layer: see `mask_bytes`). Eager attention, and on a CPU also attention with dropout, is not fused:
     the probabilities are kept three times (softmax, mask, product), on a CPU all of them in float32.
     """
     inner = base.heads * base.d_kv
@@ -245,15 +252,19 @@ def attention_bytes(queries: float, keys: float, pairs: float, base: Architectur
 
 
 def cross_attention_bytes(queries: float, keys: float, base: Architecture, work: Work) -> float:
-    """What the decoder's attention to the source keeps. Few targets keep no keys and values of the source
-    (`hdscale.bases.cross_attention`): the queries' image of size D for each head, and the probabilities."""
+    """What the decoder's attention to the source keeps.
+
+    On a CPU few targets keep no keys and values of the source (`hdscale.bases.cross_attention`): the queries' image of
+    size D for each head, and the probabilities, whose softmax bf16 and dropout copy. A GPU always projects.
+    """
     pairs = queries * work.source
-    if work.attention == "eager" or not few_targets(work.target, work.source, base.d_kv):
+    projects = work.device == "cuda" or not few_targets(work.target, work.source, base.d_kv)
+    if projects or work.attention == "eager":
         return attention_bytes(queries, keys, pairs, base, work)
-    e = work.dtype_bytes
-    dropped = work.mask_bytes if base.dropout > 0 else 0
+    e, drops = work.dtype_bytes, base.dropout > 0
+    shares = 4 + (e if e < 4 or drops else 0) + (work.mask_bytes if drops else 0)
     trained = e * queries * (2 * base.d_model + 2 * base.heads * base.d_kv) if work.trains_base else 0
-    return e * queries * base.heads * base.d_model + base.heads * pairs * (4 + e + dropped) + trained
+    return e * queries * base.heads * base.d_model + base.heads * pairs * shares + trained
 
 
 def is_fused(base: Architecture, work: Work) -> bool:
@@ -261,9 +272,13 @@ def is_fused(base: Architecture, work: Work) -> bool:
     return work.attention != "eager" and not (work.device == "cpu" and base.dropout > 0)
 
 
-def shared_mask_bytes(elements: float, base: Architecture, work: Work) -> float:
-    """The additive mask of position bias and padding, made once for all layers of a stack and kept by fused kernels."""
-    return work.dtype_bytes * elements if is_fused(base, work) else 0.0
+def mask_bytes(elements: float, layers: int, base: Architecture, work: Work, recomputed: bool) -> float:
+    """The additive mask of position bias and padding: of a stack, or of each layer that has biases of its own.
+
+    Fused kernels keep it, and so do layers that are recomputed. The first layer needs none of its own.
+    """
+    masks = max(layers - 1, 1) if base.own_biases else 1
+    return work.dtype_bytes * elements * masks if recomputed or is_fused(base, work) else 0.0
 
 
 def feed_forward_bytes(rows: float, base: Architecture, work: Work) -> float:
@@ -278,6 +293,11 @@ def feed_forward_bytes(rows: float, base: Architecture, work: Work) -> float:
 def dropout_bytes(rows: float, base: Architecture, work: Work) -> float:
     """The mask of a dropout on the residual stream."""
     return rows * base.d_model * work.mask_bytes if base.dropout > 0 else 0.0
+
+
+def stack_dropout_bytes(rows: float, base: Architecture, work: Work) -> float:
+    """The masks of a stack's own dropouts: after its last norm and, where the embeddings train, after them."""
+    return (2 if work.trains_base else 1) * dropout_bytes(rows, base, work)
 
 
 def encoder_activations(base: Architecture, work: Work) -> tuple[float, float]:
@@ -296,10 +316,11 @@ def encoder_activations(base: Architecture, work: Work) -> tuple[float, float]:
     temporaries = backward_temporaries(rows, pairs, base, work)
     if not work.encoder_dim and not work.trains_base:
         return 0.0, 0.0
-    last = norm_bytes(rows, base, work) + dropout_bytes(rows, base, work) + e * rows * base.d_model
-    last += shared_mask_bytes(base.heads * pairs, base, work)
-    if work.checkpointing in ("encoder", "all"):
-        kept = base.encoder_layers * e * rows * base.d_model + last + dropout_bytes(rows, base, work)
+    last = norm_bytes(rows, base, work) + stack_dropout_bytes(rows, base, work) + e * rows * base.d_model
+    recomputed = work.checkpointing in ("encoder", "all")
+    last += mask_bytes(base.heads * pairs, base.encoder_layers, base, work, recomputed)
+    if recomputed:
+        kept = base.encoder_layers * e * rows * base.d_model + last
         # what the recomputed block keeps is released as its gradients come
         return work.encoder_passes * kept, block + 3 * e * rows * base.d_model
     # nothing before the first adapter needs a gradient
@@ -312,25 +333,30 @@ def decoder_activations(base: Architecture, work: Work) -> tuple[float, float]:
     """(bytes kept by the decoder, with one block's where they are recomputed; bytes of generated adapters kept)."""
     e = work.dtype_bytes
     rows, sources = work.rows * work.target, work.rows * work.source
-    attentions = attention_bytes(rows, rows, rows * work.target, base, work) + cross_attention_bytes(
-        rows, sources, base, work
-    )
+    own = attention_bytes(rows, rows, rows * work.target, base, work)
+    # of the first layer nothing before its cross-attention needs a gradient, unless something there trains
+    trains = work.trains_base or work.adapts_self_attention
+    before_source = 0.0 if trains else 2 * norm_bytes(rows, base, work) + own + dropout_bytes(rows, base, work)
     block = (
         3 * norm_bytes(rows, base, work)
-        + attentions
+        + own
+        + cross_attention_bytes(rows, sources, base, work)
         + feed_forward_bytes(rows, base, work)
         + 3 * dropout_bytes(rows, base, work)
         + adapter_bytes(rows, work.decoder_dim, base, work)
         + e * rows * work.decoder_dim
     )
     adapter = 2 * e * work.rows * base.d_model * work.decoder_dim
-    last = norm_bytes(rows, base, work) + dropout_bytes(rows, base, work)
-    last += shared_mask_bytes(base.heads * work.target**2 + sources, base, work)
-    if work.checkpointing in ("decoder", "all"):
-        kept = base.decoder_layers * e * rows * base.d_model + last + dropout_bytes(rows, base, work)
+    last = norm_bytes(rows, base, work) + stack_dropout_bytes(rows, base, work)
+    recomputed = work.checkpointing in ("decoder", "all")
+    own_mask = base.heads * work.target**2
+    last += mask_bytes(own_mask, base.decoder_layers, base, work, recomputed)
+    last += e * sources if is_fused(base, work) else 0.0
+    if recomputed:
+        kept = base.decoder_layers * e * rows * base.d_model + last
         return kept + block, (adapter if work.keeps_generated else 0)
     generated = base.decoder_layers * adapter if work.keeps_generated else 0.0
-    return base.decoder_layers * block + last, generated
+    return base.decoder_layers * block - before_source + last, generated
 
 
 def backward_temporaries(rows: float, pairs: float, base: Architecture, work: Work) -> float:

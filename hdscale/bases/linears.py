@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 JOINED_ON = {"cuda"}
-"""Types of devices on which weights are joined."""
+"""Types of devices on which weights are joined, and sums are formed within products: those that launches limit."""
 
 
 def together(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
@@ -23,6 +23,20 @@ def together(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     if joined is None:
         return tuple(F.linear(x, linear.weight) for linear in linears)
     return joined.split([linear.out_features for linear in linears], dim=-1)
+
+
+def add_product(x: Tensor, hidden: Tensor, linear: nn.Linear, plain: bool) -> tuple[Tensor, Tensor | None]:
+    """A residual stream x and what is still to be added to it: the output of a linear, (x, y), or (x + y, None).
+
+    Args:
+        x: [N, D].
+        hidden: [N, in], what the linear reads.
+        linear: [D, in].
+        plain: whether y is added as it is, without dropout or a hook; in inference a GPU then adds within the product.
+    """
+    if plain and x.device.type in JOINED_ON and not torch.is_grad_enabled():
+        return torch.addmm(x, hidden, linear.weight.t()), None
+    return x, F.linear(hidden, linear.weight)
 
 
 def joined_product(x: Tensor, *linears: nn.Linear) -> Tensor | None:

@@ -30,7 +30,7 @@ from hdscale.bases.cross_attention import (
     leaves_source,
 )
 from hdscale.bases.interface import Adaptation, Base, Encoding, LinearShape, Source, StackSizes, TokenDecoder
-from hdscale.bases.linears import joined_product, together
+from hdscale.bases.linears import add_product, joined_product, together
 from hdscale.bases.packing import Packed
 from hdscale.bases.positions import ALIGNMENT, Buckets, source_mask
 from hdscale.bases.steps import Steps, activation, add_norm, compiled, norm
@@ -164,19 +164,30 @@ class Layer(nn.Module):
             mask = attend.mask(parts.own.relative_attention_bias.weight)
         assert mask is not None
         x, normed = steps.add_norm(x, y, parts.norms[0].weight, epsilon, dropout)
-        y = self.attend_to_itself(parts.own, normed, mask, attend, adaptation)
+        adapts_outputs = adaptation is not None and adaptation.adapts_outputs
+        adapted = adaptation if adaptation is not None and adaptation.adapts_attention else None
+        plain = not dropout and not adapts_outputs
+        mixed = self.attend_to_itself(parts.own, normed, mask, attend, adapted)
+        x, y = add_product(x, mixed, parts.own.o, plain and adapted is None)
+        if adapted is not None and y is not None:
+            y = adapted.projection(self.index, "self", "o", mixed, y)
+        if adapts_outputs:
+            assert adaptation is not None and y is not None
+            y = adaptation.after_self_attention(self.index, y)
         if cross is not None:
             assert parts.cross is not None
             x, normed = steps.add_norm(x, y, parts.norms[1].weight, epsilon, dropout)
-            y = self.attend_to_source(parts.cross, normed, cross, adaptation)
+            mixed = self.attend_to_source(parts.cross, normed, cross, adapted)
+            x, y = add_product(x, mixed, parts.cross.o, not dropout and adapted is None)
+            if adapted is not None and y is not None:
+                y = adapted.projection(self.index, "cross", "o", mixed, y)
         x, normed = steps.add_norm(x, y, parts.norms[-1].weight, epsilon, dropout)
-        y = F.linear(self.activated(normed, dropout), parts.feed_forward.wo.weight)
-        if adaptation is not None:
-            if adaptation.adapts_outputs:
-                y = adaptation.after_feed_forward(self.index, y)
-            branch = adaptation.parallel(self.index, x, normed)
-            if branch is not None:
-                x = x + branch
+        hidden = self.activated(normed, dropout)
+        branch = None if adaptation is None else adaptation.parallel(self.index, x, normed)
+        x, y = add_product(x if branch is None else x + branch, hidden, parts.feed_forward.wo, plain)
+        if adapts_outputs:
+            assert adaptation is not None and y is not None
+            y = adaptation.after_feed_forward(self.index, y)
         return (add(x, y, dropout), None, mask) if closed else (x, y, mask)
 
     def activated(self, x: Tensor, dropout: float) -> Tensor:
@@ -191,23 +202,18 @@ class Layer(nn.Module):
         return self.steps.activation(together(x, *inputs), dropout)
 
     def attend_to_itself(
-        self, attention: Attention, x: Tensor, mask: Tensor, attend: SelfAttention, adaptation: Adaptation | None
+        self, attention: Attention, x: Tensor, mask: Tensor, attend: SelfAttention, adapted: Adaptation | None
     ) -> Tensor:
-        """The output [N, D] of self-attention."""
+        """What self-attention mixes for x, [N, H * d]; `adapted`: the adaptation, if it adapts the attention."""
         linears = attention.q, attention.k, attention.v
-        if adaptation is not None and adaptation.adapts_attention:
-            # apart: where some are adapted, the backward pass would keep all of a joined product for the others
-            query, key, value = (
-                adaptation.projection(self.index, "self", name, x, F.linear(x, linear.weight))
-                for name, linear in zip("qkv", linears, strict=True)
-            )
-            mixed = attend(self.index, query, key, value, mask, adaptation.prefix(self.index))
-            y = adaptation.projection(self.index, "self", "o", mixed, F.linear(mixed, attention.o.weight))
-        else:
-            y = F.linear(self.mixture(attend, x, linears, mask), attention.o.weight)
-        if adaptation is not None and adaptation.adapts_outputs:
-            y = adaptation.after_self_attention(self.index, y)
-        return y
+        if adapted is None:
+            return self.mixture(attend, x, linears, mask)
+        # apart: where some are adapted, the backward pass would keep all of a joined product for the others
+        query, key, value = (
+            adapted.projection(self.index, "self", name, x, F.linear(x, linear.weight))
+            for name, linear in zip("qkv", linears, strict=True)
+        )
+        return attend(self.index, query, key, value, mask, adapted.prefix(self.index))
 
     def mixture(self, attend: SelfAttention, x: Tensor, linears: tuple[nn.Linear, ...], mask: Tensor) -> Tensor:
         """What self-attention mixes for x with linears that are not adapted: [N, H * d]."""
@@ -219,15 +225,13 @@ class Layer(nn.Module):
         return attend(self.index, query, key, value, mask, None)
 
     def attend_to_source(
-        self, attention: Attention, x: Tensor, cross: CrossAttention, adaptation: Adaptation | None
+        self, attention: Attention, x: Tensor, cross: CrossAttention, adapted: Adaptation | None
     ) -> Tensor:
-        """The output [N, D] of cross-attention."""
+        """What cross-attention mixes for x, [N, H * d]; `adapted`: the adaptation, if it adapts the attention."""
         query = F.linear(x, attention.q.weight)
-        if adaptation is None or not adaptation.adapts_attention:
-            return F.linear(cross(self.index, query, attention.k, attention.v, None), attention.o.weight)
-        query = adaptation.projection(self.index, "cross", "q", x, query)
-        mixed = cross(self.index, query, attention.k, attention.v, adaptation)
-        return adaptation.projection(self.index, "cross", "o", mixed, F.linear(mixed, attention.o.weight))
+        if adapted is not None:
+            query = adapted.projection(self.index, "cross", "q", x, query)
+        return cross(self.index, query, attention.k, attention.v, adapted)
 
 
 def add(x: Tensor, y: Tensor | None, dropout: float) -> Tensor:

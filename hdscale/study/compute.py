@@ -60,11 +60,13 @@ def row_flops(base: Architecture, work: Work, bottleneck: int) -> Flops:
     generation = 4 * d * work.decoder_dim * bottleneck if work.generated else 0
     apply_decoder = base.decoder_layers * (4 * t * d * work.decoder_dim + generation)
     adapters = apply_encoder + apply_decoder
+    # a layer is recomputed up to the last tensor that its backward pass needs: all but its last product
+    last = 2 * d * base.d_ff
     recomputed = 0.0
     if work.checkpointing in ("encoder", "all"):
-        recomputed += encoder
+        recomputed += encoder - work.encoder_passes * base.encoder_layers * last * s
     if work.checkpointing in ("decoder", "all"):
-        recomputed += decoder - head
+        recomputed += decoder - head - base.decoder_layers * last * t
     # no gradient flows below the first adapter, which is in the first block
     differentiated = work.encoder_passes * (base.encoder_layers - 1) if work.encoder_dim else 0
     frozen_backward = differentiated * (encoder_layer + encoder_scores) + decoder + base.decoder_layers * decoder_scores

@@ -134,11 +134,14 @@ def test_searches_find_what_transformers_finds(name, arguments):
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
 @pytest.mark.parametrize("name", BASES)
-def test_token_by_token_as_all_at_once(name):
+def test_token_by_token_as_all_at_once(monkeypatch, name, joined):
     """With transformers' caches, growing and fixed, and with our own, whether or not the source is projected."""
+    if joined:
+        monkeypatch.setattr(linears, "JOINED_ON", {"cpu"})
     _, ours = pair(name)
-    ours.eval()
+    ours.eval().requires_grad_(False)
     tokens = batch()["decoder_input_ids"]
     with torch.no_grad():
         encoding = encoded(ours, batch())

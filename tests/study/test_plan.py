@@ -130,7 +130,7 @@ def test_recomputing_activations_costs_operations_and_saves_memory(where):
         < 0.7 * step_memory(base, work, sharding, count.base, count.trainable, heads).peak
     )
     ratio = compute.row_flops(base, again, 128).training / compute.row_flops(base, work, 128).training
-    assert 1.3 < ratio < 1.55
+    assert 1.25 < ratio < 1.5
 
 
 def test_xxl_fits_one_a100_80gb_with_its_reasons(capsys):

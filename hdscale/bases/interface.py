@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GenerationConfig, PretrainedConfig
 
 
@@ -131,6 +132,17 @@ class Source(NamedTuple):
     input_ids: Tensor
     mask: Tensor
     positions: Tensor | None = None
+
+    def padded(self, multiple: int) -> Source:
+        """The same source with its length padded to a multiple."""
+        length = self.input_ids.shape[1]
+        extra = -length % multiple
+        if extra == 0:
+            return self
+        positions = self.positions
+        if positions is not None:
+            positions = positions + positions // length * extra
+        return Source(F.pad(self.input_ids, (0, extra)), F.pad(self.mask, (0, extra)), positions)
 
 
 class Encoding(NamedTuple):

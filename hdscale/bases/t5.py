@@ -340,14 +340,8 @@ class T5(Base):
         )
 
     def prepare(self, source: Source) -> Source:
-        ids, mask, positions = source
-        length = ids.shape[1]
-        if ids.device.type == "cpu" or length % ALIGNMENT == 0:
-            return source
-        extra = -length % ALIGNMENT
-        if positions is not None:
-            positions = positions + positions // length * extra
-        return Source(F.pad(ids, (0, extra)), F.pad(mask, (0, extra)), positions)
+        # a GPU's attention would copy masks of other lengths
+        return source if source.input_ids.device.type == "cpu" else source.padded(ALIGNMENT)
 
     def encode(self, source: Source, adaptation: Adaptation | None = None, packed: bool = False) -> Encoding:
         stack = self.encoder

@@ -38,7 +38,7 @@ BASES = {
         {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
     "mt5": (MT5ForConditionalGeneration, MT5Config, {}),
-    "umt5": (UMT5ForConditionalGeneration, UMT5Config, {}),
+    "umt5": (UMT5ForConditionalGeneration, UMT5Config, {"tie_word_embeddings": False}),
 }
 
 

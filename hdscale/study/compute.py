@@ -66,7 +66,7 @@ def row_flops(base: Architecture, work: Work, bottleneck: int) -> Flops:
     if work.checkpointing in ("encoder", "all"):
         recomputed += encoder - work.encoder_passes * base.encoder_layers * last * s
     if work.checkpointing in ("decoder", "all"):
-        recomputed += decoder - head - base.decoder_layers * last * t
+        recomputed += decoder - head + base.decoder_layers * (generation - last * t)
     # no gradient flows below the first adapter, which is in the first block
     differentiated = work.encoder_passes * (base.encoder_layers - 1) if work.encoder_dim else 0
     frozen_backward = differentiated * (encoder_layer + encoder_scores) + decoder + base.decoder_layers * decoder_scores

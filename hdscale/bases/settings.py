@@ -8,12 +8,14 @@ from hdscale.settings import Settings, setting
 
 @dataclass
 class ModelSettings(Settings):
-    """The frozen base: a T5-family encoder-decoder."""
+    """The frozen base: an encoder-decoder."""
 
-    name: str = setting("t5-v1_1-small", "hub id, local folder, or built-in size (random weights) of a T5-family model")
+    name: str = setting("t5-v1_1-small", "hub id, local folder, or built-in size (random weights)")
     revision: Optional[str] = setting(None, "revision of the hub checkpoint (branch, tag or commit)")
     tokenizer: Optional[str] = setting(None, "hub id or folder of the tokenizer; default: the model's own")
-    attention: Literal["sdpa", "eager"] = setting("sdpa", "attention implementation of transformers: sdpa or eager")
+    attention: Literal["sdpa", "eager"] = setting(
+        "sdpa", "sdpa: a fused attention of torch; eager: scores as tensors of their own"
+    )
     activation_checkpointing: Literal["none", "encoder", "decoder", "all"] = setting(
         "none", "recompute activations in the backward pass of: none, encoder, decoder or all"
     )

@@ -459,8 +459,8 @@ class NextTokens(TokenDecoder):
 def scales_output(config: PretrainedConfig, own_head: bool) -> bool:
     """Whether the decoder's output is multiplied by D**-0.5 before the head, as in v1.0 with its tied head.
 
-    Transformers 5 ties the head in every configuration. It remembers what the checkpoint said for T5, and from 5.24 on for
-    UMT5; before that the weights of a UMT5 tell. mT5 never scales.
+    Transformers 5 ties the head in every configuration. It remembers what the checkpoint said for T5, and from 5.24 on
+    for UMT5; before that the weights of a UMT5 tell. mT5 never scales.
     """
     said = getattr(config, "scale_decoder_outputs", None)
     return bool(said) if said is not None else config.model_type == "umt5" and not own_head

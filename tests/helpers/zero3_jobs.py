@@ -82,7 +82,8 @@ def train(
         dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
         model = build_model(config, dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
         engine = toy_engine(model, run, ranks)
-        losses = [engine.train_step(unlike(0, ranks.rank)).result().loss]
+        with Collectives() as first:
+            losses = [engine.train_step(unlike(0, ranks.rank)).result().loss]
         moments = dict(engine.optimizer_tensors())
         losses += [engine.train_step(unlike(step, ranks.rank)).result().loss for step in range(1, steps)]
         ways.clear()
@@ -99,7 +100,7 @@ def train(
         losses.append(engine.train_step(unlike(steps + 1, ranks.rank)).result().loss)
         results.append(
             {
-                "losses": losses, "collectives": collectives.found, "ways": seen, "decoded": decoded,
+                "losses": losses, "first": first.found, "collectives": collectives.found, "ways": seen, "decoded": decoded,
                 "masters": dict(engine.trainable_tensors()),
                 "gradients": {name: moments[f"exp_avg.{name}"] * 10 for name in engine.parameters},
             }

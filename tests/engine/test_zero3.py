@@ -37,7 +37,7 @@ def test_ranks_with_rows_of_unlike_lengths(rank_pool, tmp_path, world_size, name
     results = rank_pool(world_size).run("tests.helpers.zero3_jobs:train", arguments)
     for rank, (zero2, zero3) in enumerate(results):
         assert zero3["collectives"] == results[0][1]["collectives"] and len(zero3["collectives"]) > 20
-        # the first step too, when DeepSpeed does not know yet what a layer's forward uses and would gather weight by weight
+        # the first step too, when DeepSpeed does not know yet what a layer uses, and would gather weight by weight
         assert zero3["first"] == results[0][1]["first"]
         if name in ("hyperdecoder", "lora"):
             assert len(zero3["first"]) < 2 * len(zero3["collectives"])

@@ -100,7 +100,8 @@ def train(
         losses.append(engine.train_step(unlike(steps + 1, ranks.rank)).result().loss)
         results.append(
             {
-                "losses": losses, "first": first.found, "collectives": collectives.found, "ways": seen, "decoded": decoded,
+                "losses": losses, "first": first.found, "collectives": collectives.found,
+                "ways": seen, "decoded": decoded,
                 "masters": dict(engine.trainable_tensors()),
                 "gradients": {name: moments[f"exp_avg.{name}"] * 10 for name in engine.parameters},
             }

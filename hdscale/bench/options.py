@@ -63,11 +63,11 @@ class StepOptions(ReportOptions, RowOptions):
     size: str = setting("t5-v1_1-small", "built-in size of the base")
     dtype: Optional[DType] = setting(None, "of hdscale; default: fp32 on CPU, bf16 on CUDA")
     global_batch_size: int = setting(64, "rows per step", at_least=1)
-    micro_batch_size: int = setting(
-        16, "rows per pass of hdscale; the released code passes the whole batch", at_least=1
+    tokens_per_micro_batch: int = setting(
+        1024, "most tokens per pass of hdscale; the released code passes the whole batch", metavar="N", at_least=1
     )
-    tokens_per_micro_batch: Optional[int] = setting(
-        None, "of hdscale: micro-batches of this many tokens, in place of rows", metavar="N", at_least=1
+    micro_batch_size: Optional[int] = setting(
+        None, "rows per pass of hdscale, in place of a number of tokens", metavar="N", at_least=1
     )
     steps: int = setting(5, "steps that each variant is timed for, alternating", at_least=1)
     variants: list[Literal["hdscale", "released-fp32", "released-bf16", "adapter", "full"]] = setting(

@@ -34,11 +34,11 @@ def run(options: StepOptions) -> None:
     variants = build_variants(
         options.size,
         dtype,
-        options.micro_batch_size,
+        options.micro_batch_size or options.global_batch_size,
         options.global_batch_size,
         device,
         options.variants,
-        options.tokens_per_micro_batch,
+        None if options.micro_batch_size else options.tokens_per_micro_batch,
     )
     measured = take_turns(variants, batches, device)
     peaks = {kind: matmul_peak(kind, device) for kind in {variant.dtype for variant in variants}}

@@ -21,7 +21,7 @@ from hdscale.engine.preemption import Preemption
 from hdscale.engine.ranks import Ranks
 from hdscale.errors import UserError
 from hdscale.runs.settled import Settled
-from tests.helpers.toy import BATCH, Row, ToyModel, micro_batches, settings, toy_engine
+from tests.helpers.toy import BATCH, Row, ToyModel, micro_batches, settings, text_batch, toy_engine
 
 
 class Recorder:
@@ -406,14 +406,7 @@ def text_batches(step: int, ranks: Ranks) -> list[dict[str, torch.Tensor]]:
     for index in range(2):
         generator = torch.Generator().manual_seed(100 * step + 10 * index + ranks.rank)
         source, target = 4 + index + ranks.rank, 2 + index
-        batches.append(
-            {
-                "input_ids": torch.randint(2, 64, (2, source), generator=generator),
-                "attention_mask": torch.ones(2, source, dtype=torch.int64),
-                "labels": torch.randint(2, 64, (2, target), generator=generator),
-                "task_ids": torch.tensor([0, 1]),
-            }
-        )
+        batches.append(text_batch(generator, source, target))
     return batches
 
 

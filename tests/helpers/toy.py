@@ -87,6 +87,16 @@ def micro_batches(step: int, rank: int, world_size: int, size: int) -> list[dict
     return [{name: tensor[at : at + size] for name, tensor in rows.items()} for at in range(0, share, size)]
 
 
+def text_batch(generator: torch.Generator, source: int, target: int) -> dict[str, torch.Tensor]:
+    """Two rows of random ids of two tasks, for a real model with a vocabulary of 64."""
+    return {
+        "input_ids": torch.randint(2, 64, (2, source), generator=generator),
+        "attention_mask": torch.ones(2, source, dtype=torch.int64),
+        "labels": torch.randint(2, 64, (2, target), generator=generator),
+        "task_ids": torch.tensor([0, 1]),
+    }
+
+
 def toy_engine(model: nn.Module, config: SimpleNamespace, ranks: Ranks) -> Engine:
     """The model under DeepSpeed with `settings(...)`."""
     deepspeed = resolve_deepspeed_config(config.deepspeed, config.train, ranks.world_size)

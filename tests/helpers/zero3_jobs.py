@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hdscale.bases import t5
 from hdscale.engine.ranks import Ranks
 from hdscale.modeling import HyperdecoderConfig, build_model
-from tests.helpers.toy import settings, toy_engine
+from tests.helpers.toy import settings, text_batch, toy_engine
 
 ROWS = 7
 
@@ -43,14 +43,7 @@ def unlike(step: int, rank: int) -> list[dict[str, torch.Tensor]]:
     for index in range(2):
         generator = torch.Generator().manual_seed(100 * step + 10 * index + rank)
         source, target = (23 + step % 3, 2) if (rank + index) % 2 == 0 else (5, 7)
-        batches.append(
-            {
-                "input_ids": torch.randint(2, 64, (2, source), generator=generator),
-                "attention_mask": torch.ones(2, source, dtype=torch.int64),
-                "labels": torch.randint(2, 64, (2, target), generator=generator),
-                "task_ids": torch.tensor([0, 1]),
-            }
-        )
+        batches.append(text_batch(generator, source, target))
     return batches
 
 

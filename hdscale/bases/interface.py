@@ -198,6 +198,10 @@ class Base(nn.Module, ABC):
         return self.stack_sizes(self.config, stack)
 
     @abstractmethod
+    def weights_per_token(self, part: str) -> int:
+        """Weights that a token is multiplied with in the "encoder", the "decoder" or the "head"."""
+
+    @abstractmethod
     def norm_names(self) -> list[str]:
         """Names of the weights of all layer norms within the layers."""
 

@@ -323,6 +323,10 @@ class T5(Base):
         layers = config.num_decoder_layers if is_decoder else config.num_layers
         return StackSizes(layers, config.d_model, config.num_heads, config.d_kv, is_decoder, linears)
 
+    def weights_per_token(self, part: str) -> int:
+        module = self.get_submodule("lm_head" if part == "head" else part)
+        return sum(one.weight.numel() for one in module.modules() if isinstance(one, nn.Linear))
+
     def norm_names(self) -> list[str]:
         return [name for name, _ in self.named_parameters() if name.endswith("layer_norm.weight")]
 

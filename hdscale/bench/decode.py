@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from hdscale.bench.options import DecodeOptions
 from hdscale.bench.released import ReleasedModel
@@ -52,7 +51,7 @@ def run(options: DecodeOptions) -> None:
             build_model(hyperdecoder_settings(options.size, backend="torch"), DTYPES[dtype], device).eval()
         )
         sides |= {f"hdscale-{dtype}": ours, f"released-{dtype}": theirs}
-        weights = encoder_weights(ours)
+        weights = ours.base.weights_per_token("encoder")
         if dtype == "fp32":
             check_same_tokens(ours, theirs, mixed[: options.batch_size], device)
     rows: list[dict[str, Any]] = []
@@ -163,12 +162,6 @@ def padding_share(batches: list[list[Row]]) -> float:
 def mean_tokens(batches: list[list[Row]]) -> float:
     """Source tokens of a row."""
     return statistics.fmean(len(row.input_ids) for batch in batches for row in batch)
-
-
-def encoder_weights(model: AdaptedModel) -> int:
-    """Weights of the base encoder's linears."""
-    encoder = model.base.get_submodule("encoder")
-    return sum(module.weight.numel() for module in encoder.modules() if isinstance(module, nn.Linear))
 
 
 def encoder_flops(weights: int, jobs: Jobs) -> float:

@@ -160,15 +160,8 @@ def predictions(options: ScalingOptions) -> list[dict[str, Any]]:
     config = hyperdecoder_settings(options.predict_size)
     model = build_model(config, device="meta")
     trainable = count_parameters(model).trainable
-    encoder, decoder = (
-        sum(p.numel() for p in model.base.get_submodule(f"{name}.block").parameters())
-        for name in ("encoder", "decoder")
-    )
-    operations = (
-        4.0
-        * options.predict_batch
-        * (options.predict_tokens * encoder + 2 * (decoder + model.base.get_parameter("lm_head.weight").numel()))
-    )
+    encoder, decoder, head = (model.base.weights_per_token(part) for part in ("encoder", "decoder", "head"))
+    operations = 4.0 * options.predict_batch * (options.predict_tokens * encoder + 2 * (decoder + head))
     computing = operations / (options.tflops * 1e12)
     found = []
     for name, ranks, bandwidth in (

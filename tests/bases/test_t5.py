@@ -189,6 +189,15 @@ def test_what_few_targets_are(d_kv, sources, most):
     assert few_targets(2 * most, sources, d_kv, DECODING_GAIN)
 
 
+@pytest.mark.parametrize("name, inputs", [("t5 v1.0", 1), ("t5 v1.1", 2)])
+def test_weights_that_a_token_is_multiplied_with(name, inputs):
+    """Linears alone: neither norms nor biases of positions nor the embeddings."""
+    _, ours = pair(name)
+    attention, feed_forward = 4 * 16 * HEADS * 4, (inputs + 1) * 16 * 20
+    wanted = {"encoder": 3 * (attention + feed_forward), "decoder": 3 * (2 * attention + feed_forward), "head": 50 * 16}
+    assert {part: ours.weights_per_token(part) for part in wanted} == wanted
+
+
 def test_one_mask_is_kept_for_all_layers():
     """Of what the encoder keeps for its backward pass, one tensor has a number for each head and pair of tokens."""
     _, ours = pair("t5 v1.1")

@@ -61,6 +61,8 @@ from hdscale.runs.scores import Score, task_score
 from hdscale.runs.settled import Settled
 from hdscale.runs.state import RunState
 
+TOKENS_KEY = "tokens_per_micro_batch"
+"""Entry of `settled.json`: most tokens per pass, or null for all of a rank's rows in one pass."""
 ROUGE_ROWS = 1000
 """Training targets in which ROUGE must find something to read."""
 
@@ -122,7 +124,8 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
         settled = Settled(folder.settled, ranks)
         choose_backend(model, settled, log)
         sample = mixture.rows(0, config.train.global_batch_size)
-        budget = tune(engine, sample, tokenizer.pad_token_id, config, settled, log)
+        begun = continued and ranks.on_main(folder.has_checkpoints)
+        budget = tune(engine, sample, tokenizer.pad_token_id, config, settled, begun, log)
 
         # ---- the checkpoint to resume from
         state = RunState()
@@ -247,22 +250,27 @@ def with_steps(config: Config, rows: int, log: RunLog) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=steps))
 
 
-def tune(engine: Engine, sample: list[Row], pad_id: int, config: Config, settled: Settled, log: RunLog) -> int | None:
+def tune(
+    engine: Engine, sample: list[Row], pad_id: int, config: Config, settled: Settled, begun: bool, log: RunLog
+) -> int | None:
     """Compile the model if asked to, and find the number of tokens per pass; None where passes have a number of rows.
 
     Args:
         sample: the rows of the first global batch.
+        begun: whether the run has checkpoints. One of version 0.1 has no entry for a number that the device decides: it
+            goes on as it began, with all of a rank's rows in one pass.
     """
     train = config.train
     budget = SMALLEST if train.tokens_found_automatically else train.token_budget
+    if train.passes_by_device:
+        device = engine.ranks.device.type
+        budget = settled.once(TOKENS_KEY, lambda: None if begun else train.default_token_budget(device))
     passes = [collate(rows, pad_id) for rows in micro_batches_of(sample, engine.ranks, train, budget)]
     compile_for_training(engine, train.compile, passes, settled, log)
     if not train.tokens_found_automatically:
         return budget
     longest = (config.data.max_source_length, config.data.max_target_length)
-    return int(
-        settled.once("tokens_per_micro_batch", lambda: find_token_budget(engine, sample, pad_id, train, longest, log))
-    )
+    return int(settled.once(TOKENS_KEY, lambda: find_token_budget(engine, sample, pad_id, train, longest, log)))
 
 
 def engine_line(engine: Engine, config: Config) -> str:

@@ -179,3 +179,31 @@ def test_a_token_budget_found_once_is_the_runs_own(rank_pool, settings, tmp_path
     written = in_folder(settings, other, *quick, f"train.tokens_per_micro_batch={settled['tokens_per_micro_batch']}")
     assert rank_pool(2).run(JOB, {"overrides": written})[0]["code"] == 0
     assert losses(other / "run") == losses(tmp_path / "run")
+
+
+@needs_real_text
+def test_passes_of_a_run_that_names_neither_rows_nor_tokens(rank_pool, settings, tmp_path) -> None:
+    """1,024 tokens on a CPU, kept with the run. A run of version 0.1, which kept nothing, goes on with all rows."""
+    quick = ["eval.test=false", "eval.every=0", "eval.select=last", "train.global_batch_size=64", "train.max_steps=6"]
+    nothing = ["train.micro_batch_size=null", "train.tokens_per_micro_batch=null"]
+
+    def losses_with(name: str, *more: str, kill_at: int | None = None) -> dict[int, float]:
+        overrides = [*settings, *quick, *nothing, f"run.dir={tmp_path}", f"run.name={name}", *more]
+        arguments = {"overrides": overrides} | ({"kill_at": kill_at} if kill_at else {})
+        found = rank_pool(1).run(JOB, arguments, may_die=bool(kill_at))
+        assert kill_at or found[0]["code"] == 0
+        return losses(tmp_path / name)
+
+    by_tokens = losses_with("tokens", "train.tokens_per_micro_batch=1024")
+    by_rows = losses_with("rows", "train.micro_batch_size=64")
+    assert by_tokens != by_rows
+    assert losses_with("default") == by_tokens
+    assert json.loads((tmp_path / "default" / "settled.json").read_text())["tokens_per_micro_batch"] == 1024
+
+    losses_with("old", kill_at=4)
+    settled = tmp_path / "old" / "settled.json"
+    values = json.loads(settled.read_text())
+    del values["tokens_per_micro_batch"]
+    settled.write_text(json.dumps(values))
+    losses_with("old")
+    assert json.loads(settled.read_text())["tokens_per_micro_batch"] is None

@@ -63,8 +63,12 @@ class StepOptions(ReportOptions, RowOptions):
     size: str = setting("t5-v1_1-small", "built-in size of the base")
     dtype: Optional[DType] = setting(None, "of hdscale; default: fp32 on CPU, bf16 on CUDA")
     global_batch_size: int = setting(64, "rows per step", at_least=1)
-    tokens_per_micro_batch: int = setting(
-        1024, "most tokens per pass of hdscale; the released code passes the whole batch", metavar="N", at_least=1
+    tokens_per_micro_batch: Optional[int] = setting(
+        None,
+        "most tokens per pass of hdscale; default, as in training: 1,024 on a CPU, the whole batch on a GPU (the "
+        "released code passes the whole batch)",
+        metavar="N",
+        at_least=1,
     )
     micro_batch_size: Optional[int] = setting(
         None, "rows per pass of hdscale, in place of a number of tokens", metavar="N", at_least=1

@@ -20,6 +20,7 @@ from hdscale.bench.rows import check_size, make_rows
 from hdscale.bench.timing import device_of, matmul_peak, timed
 from hdscale.bench.variants import Variant, build_variants, static_bytes
 from hdscale.data.batches import Row, collate
+from hdscale.engine.settings import TrainSettings
 
 
 def run(options: StepOptions) -> None:
@@ -38,7 +39,7 @@ def run(options: StepOptions) -> None:
         options.global_batch_size,
         device,
         options.variants,
-        None if options.micro_batch_size else options.tokens_per_micro_batch,
+        token_budget(options, device),
     )
     measured = take_turns(variants, batches, device)
     peaks = {kind: matmul_peak(kind, device) for kind in {variant.dtype for variant in variants}}
@@ -51,6 +52,13 @@ def run(options: StepOptions) -> None:
         matmul_peak_tflops={str(kind).removeprefix("torch."): round(peak / 1e12, 4) for kind, peak in peaks.items()},
         share_of_time={variant.name: rounded(share_of_parts(variant, batches[0], device)) for variant in variants},
     )
+
+
+def token_budget(options: StepOptions, device: torch.device) -> int | None:
+    """Most tokens per pass: as given, or as a training run on this device takes them; None: a number of rows."""
+    if options.micro_batch_size:
+        return None
+    return options.tokens_per_micro_batch or TrainSettings().default_token_budget(device.type)
 
 
 def take_turns(variants: list[Variant], batches: list[list[Row]], device: torch.device) -> dict[str, dict[str, Any]]:

@@ -80,7 +80,7 @@ def out_of_memory(error: torch.OutOfMemoryError, step: int, train: TrainSettings
     elif train.micro_batch_size:
         now = f"lower train.micro_batch_size (now {train.micro_batch_size}), or set train.tokens_per_micro_batch=auto"
     else:
-        now = "set train.micro_batch_size (now all rows of a rank) or train.tokens_per_micro_batch=auto"
+        now = "set train.micro_batch_size (now all of a rank's rows on a GPU) or train.tokens_per_micro_batch=auto"
     return OutOfGpuMemory(
         f"step {step}: out of GPU memory{f' ({asked})' if asked else ''}; {now}, or set "
         "model.activation_checkpointing=all, each with another run.name or --fresh; or continue this run with "

@@ -7,6 +7,9 @@ from hdscale.errors import UserError
 from hdscale.settings import Settings, setting
 
 AUTO = "auto"
+CPU_TOKENS = 1024
+"""Most tokens per pass on a CPU, where neither rows nor tokens are given: passes of similar rows, with little padding.
+Larger ones are no faster there, and need more memory. A GPU is faster with few passes: all of a rank's rows in one."""
 
 
 @dataclass
@@ -17,12 +20,15 @@ class TrainSettings(Settings):
     epochs: Optional[float] = setting(None, "epochs over the mixture, in place of max_steps", above=0)
     global_batch_size: int = setting(128, "instances per step, whatever the number of ranks", at_least=1)
     micro_batch_size: Optional[int] = setting(
-        None, "instances per forward pass of a rank; default: all of the rank's", at_least=1
+        None,
+        "instances per forward pass of a rank; default: train.tokens_per_micro_batch decides",
+        at_least=1,
     )
     tokens_per_micro_batch: Optional[str] = setting(
         None,
         "most source and target tokens per forward pass, padding included: a number, or auto (measured once, then kept "
-        "for the run); null: the same number of rows in each pass",
+        f"for the run); null: passes of train.micro_batch_size rows, and without that {CPU_TOKENS:,} tokens on a CPU and "
+        "all of the rank's rows on a GPU",
     )
     sort_by_length: bool = setting(True, "micro-batches of rows of similar length: the same gradient, less padding")
     learning_rate: float = setting(3e-4, "peak learning rate of AdamW", at_least=0)
@@ -64,6 +70,19 @@ class TrainSettings(Settings):
 
     @property
     def token_budget(self) -> Optional[int]:
-        """Most tokens per pass; None where passes have a fixed number of rows, or where the run has yet to find it."""
+        """Most tokens per pass that the settings name; None where they name none."""
         value = self.tokens_per_micro_batch
         return None if value is None or value == AUTO else int(value)
+
+    def default_token_budget(self, device: str) -> Optional[int]:
+        """Most tokens per pass where the settings give neither rows nor tokens; None: all of a rank's rows.
+
+        Args:
+            device: type of device that computes, "cpu" or "cuda".
+        """
+        return CPU_TOKENS if device == "cpu" else None
+
+    @property
+    def passes_by_device(self) -> bool:
+        """Whether neither rows nor tokens per pass are given, so that the device decides."""
+        return self.micro_batch_size is None and self.tokens_per_micro_batch is None

@@ -132,6 +132,10 @@ class RunFolder:
                 "start anew (the old run is moved aside)"
             )
 
+    def has_checkpoints(self) -> bool:
+        """Whether a checkpoint was saved, whole or not."""
+        return any(self.checkpoints.glob("step_*"))
+
     def finished(self) -> dict[str, Any] | None:
         """The results of a run that is done."""
         try:

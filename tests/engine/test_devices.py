@@ -132,7 +132,7 @@ is free. Including non-PyTorch memory, this process has 78.08 GiB memory in use.
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        ({}, "set train.micro_batch_size (now all rows of a rank)"),
+        ({}, "set train.micro_batch_size (now all of a rank's rows on a GPU)"),
         ({"micro_batch_size": 16}, "lower train.micro_batch_size (now 16)"),
         ({"tokens_per_micro_batch": "8192"}, "lower train.tokens_per_micro_batch (now 8192)"),
     ],

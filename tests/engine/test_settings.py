@@ -17,6 +17,17 @@ def test_tokens_per_micro_batch(value, automatic, budget):
     assert (train.tokens_found_automatically, train.token_budget) == (automatic, budget)
 
 
+@pytest.mark.parametrize(
+    "overrides, by_device",
+    [([], True), (["train.micro_batch_size=16"], False), (["train.tokens_per_micro_batch=auto"], False)],
+)
+def test_the_device_decides_where_nothing_is_given(overrides, by_device):
+    """A GPU is faster with few passes, a CPU with little padding."""
+    train = load_config(None, overrides).train
+    assert train.passes_by_device == by_device
+    assert (train.default_token_budget("cpu"), train.default_token_budget("cuda")) == (1024, None)
+
+
 @pytest.mark.parametrize("value", ["0", "-5", "1.5", "many"])
 def test_wrong_tokens_per_micro_batch(value):
     with pytest.raises(UserError, match=f"train.tokens_per_micro_batch={value}: must be a number of tokens"):

@@ -27,8 +27,8 @@ class TrainSettings(Settings):
     tokens_per_micro_batch: Optional[str] = setting(
         None,
         "most source and target tokens per forward pass, padding included: a number, or auto (measured once, then kept "
-        f"for the run); null: passes of train.micro_batch_size rows, and without that {CPU_TOKENS:,} tokens on a CPU and "
-        "all of the rank's rows on a GPU",
+        f"for the run); null: passes of train.micro_batch_size rows, and without that {CPU_TOKENS:,} tokens on a CPU "
+        "and all of the rank's rows on a GPU",
     )
     sort_by_length: bool = setting(True, "micro-batches of rows of similar length: the same gradient, less padding")
     learning_rate: float = setting(3e-4, "peak learning rate of AdamW", at_least=0)

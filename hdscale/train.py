@@ -35,6 +35,7 @@ from hdscale.data.tasks import Task
 from hdscale.data.tokenize import load_tokenizer, tokenized_split
 from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
 from hdscale.engine.deepspeed_engine import Engine, build_engine, parameter_counts
+from hdscale.engine.determinism import cost_of_determinism, operators_are_named, prepare_determinism
 from hdscale.engine.devices import OutOfGpuMemory, bf16_warning
 from hdscale.engine.environment import read_environment, set_interface
 from hdscale.engine.preemption import Preemption
@@ -42,7 +43,7 @@ from hdscale.engine.ranks import Ranks
 from hdscale.engine.rendezvous import RendezvousError
 from hdscale.engine.settings import TrainSettings
 from hdscale.engine.steps import Steps
-from hdscale.engine.tuning import SMALLEST, choose_backend, compile_for_training, find_token_budget
+from hdscale.engine.tuning import SMALLEST, choose_backend, compile_for_training, find_token_budget, timed
 from hdscale.errors import EXIT_BROKEN, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, report
 from hdscale.evaluation.evaluator import Evaluation, EvaluationStopped, Evaluator
 from hdscale.evaluation.settings import EvalSettings
@@ -267,6 +268,8 @@ def tune(
         budget = settled.once(TOKENS_KEY, lambda: None if begun else train.default_token_budget(device))
     passes = [collate(rows, pad_id) for rows in micro_batches_of(sample, engine.ranks, train, budget)]
     compile_for_training(engine, train.compile, passes, settled, log)
+    if train.deterministic and not begun and engine.ranks.device.type == "cuda" and engine.stage < 3:
+        log.info(cost_of_determinism(lambda: timed(engine, passes[len(passes) // 2])))
     if not train.tokens_found_automatically:
         return budget
     longest = (config.data.max_source_length, config.data.max_target_length)
@@ -443,8 +446,11 @@ def run(config_file: str, overrides: list[str], fresh: bool = False) -> int:
         rank = launch.rank
         config = load_config(config_file, overrides)
         set_interface(config.cluster.interface)
+        if config.train.deterministic:
+            prepare_determinism()
         ranks = Ranks.start(launch, config.run.threads, rendezvous_seconds=config.cluster.rendezvous_timeout)
-        return train(config, ranks, fresh)
+        with operators_are_named():
+            return train(config, ranks, fresh)
     except UserError as error:
         report(error, show=rank == 0)
         return EXIT_USER_ERROR

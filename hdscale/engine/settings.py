@@ -50,6 +50,11 @@ class TrainSettings(Settings):
     compile: Literal["off", "on", "auto"] = setting(
         "auto", "torch.compile of what is between a layer's matrix products: off, on or auto (off on CPU)"
     )
+    deterministic: bool = setting(
+        False,
+        "the same bits from each run on the same GPUs, a resumed one among them: slower algorithms on a GPU, whose "
+        "cost the log prints; a CPU needs nothing for it",
+    )
     checkpoint_every: int = setting(1000, "save a checkpoint every this many steps", at_least=1)
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep", at_least=1)
     log_every: int = setting(10, "write metrics every this many steps", at_least=1)

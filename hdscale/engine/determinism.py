@@ -30,8 +30,8 @@ def prepare_determinism(environ: MutableMapping[str, str] = os.environ) -> None:
     workspace = environ.setdefault(WORKSPACE_VARIABLE, WORKSPACES[0])
     if workspace not in WORKSPACES:
         raise UserError(
-            f"{WORKSPACE_VARIABLE}={workspace} does not let cuBLAS be deterministic, and train.deterministic=true asks for "
-            f"that; unset it, or set it to {WORKSPACES[0]}"
+            f"{WORKSPACE_VARIABLE}={workspace} does not let cuBLAS be deterministic, and "
+            f"train.deterministic=true asks for that; unset it, or set it to {WORKSPACES[0]}"
         )
     torch.use_deterministic_algorithms(True)
     # an attribute that torch answers through the module's class, which its types leave out

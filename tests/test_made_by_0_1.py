@@ -58,8 +58,11 @@ def command(run: Path, *more: str) -> dict:
 
 
 def test_an_interrupted_run_is_resumed_to_its_end(rank_pool, interrupted) -> None:
-    """From the step at which it stopped, with the losses of the run that was not interrupted."""
-    result = rank_pool(1).run(JOB, command(interrupted))[0]
+    """From the step at which it stopped, with the losses of the run that was not interrupted.
+
+    0.2 draws other dropout masks on a CPU, which change the losses by a few percent: those of 0.1 are used here.
+    """
+    result = rank_pool(1).run(JOB, command(interrupted) | {"dropout_of_torch": True})[0]
     assert result["code"] == 0
     assert len(result["order"]) == STEPS - STOPPED
     found, wanted = losses(interrupted), losses(MADE / "finished")

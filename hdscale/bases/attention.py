@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hdscale.bases import fused
+from hdscale.bases.dropout import dropout as dropped
 from hdscale.bases.interface import Adaptation
 from hdscale.bases.positions import Buckets, bias_by_distance, bias_matrix, joined, with_prefix
 from hdscale.ops.precision import at_least_float32
@@ -71,7 +72,7 @@ def attention(
     if explicit:
         scores = torch.matmul(query, key.transpose(2, 3)) + mask
         shares = torch.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(scores.dtype)
-        return torch.matmul(F.dropout(shares, dropout), value)
+        return torch.matmul(dropped(shares, dropout), value)
     small = query.shape[2] * key.shape[2] <= MOST_EXPLICIT_SCORES
     if small and query.device.type == "cpu" and not torch.is_grad_enabled():
         # no fused attention of a CPU is fast for so few scores; in float32, as the fused ones sum

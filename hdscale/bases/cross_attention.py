@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hdscale.bases.attention import CrossAttention, Heads
+from hdscale.bases.dropout import dropout as dropped
 from hdscale.bases.interface import Adaptation
 from hdscale.bases.linears import together
 from hdscale.ops.precision import at_least_float32
@@ -150,7 +151,7 @@ def unprojected_attention(
     scores = torch.bmm(moved, source.transpose(1, 2)).view(size_b, heads, size_t, size_s) + mask
     # the softmax in float32 at least, as in a fused kernel
     shares = torch.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(source.dtype)
-    shares = F.dropout(shares, dropout).view(size_b, heads * size_t, size_s)
+    shares = dropped(shares, dropout).view(size_b, heads * size_t, size_s)
     seen = torch.bmm(shares, source).to(query.dtype).view(size_b, heads, size_t, size_d)
     seen = seen.transpose(0, 1).reshape(heads, size_b * size_t, size_d)
     mixed = torch.bmm(seen, value_weight.view(heads, width, size_d).transpose(1, 2))

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from hdscale.bases.dropout import dropout as dropped
+
 MOST_GRAPHS = 32
 """Graphs of one function before torch stops compiling it: with and without mask or gradient, with one row or many."""
 
@@ -43,7 +45,7 @@ def add_norm(
         x + dropout(y), and its norm: both [N, D].
     """
     if y is not None:
-        x = x + (torch.dropout(y, dropout, True) if dropout else y)
+        x = x + dropped(y, dropout)
     return x, norm(x, weight, epsilon)
 
 
@@ -65,7 +67,7 @@ def activation(name: str, gated: bool) -> Callable[..., Tensor]:
 
     def apply(hidden: tuple[Tensor, ...], dropout: float = 0.0) -> Tensor:
         product = function(hidden[0]) * hidden[1] if gated else function(hidden[0])
-        return F.dropout(product, dropout) if dropout else product
+        return dropped(product, dropout)
 
     return apply
 

@@ -29,6 +29,7 @@ from hdscale.bases.cross_attention import (
     Unprojected,
     leaves_source,
 )
+from hdscale.bases.dropout import dropout as dropped
 from hdscale.bases.interface import Adaptation, Base, Encoding, LinearShape, Source, StackSizes, TokenDecoder
 from hdscale.bases.linears import add_product, joined_product, together
 from hdscale.bases.packing import Packed
@@ -238,7 +239,7 @@ def add(x: Tensor, y: Tensor | None, dropout: float) -> Tensor:
     """x + dropout(y)."""
     if y is None:
         return x
-    return x + (F.dropout(y, dropout) if dropout else y)
+    return x + dropped(y, dropout)
 
 
 class Stack(nn.Module):
@@ -274,8 +275,7 @@ class Stack(nn.Module):
             # DeepSpeed's stage 3 takes a layer whose inputs need no gradient for one that has no backward pass: it
             # would give up the first layer's weights, and reduce its gradients, before they are computed
             x = x.requires_grad_()
-        if dropout:
-            x = F.dropout(x, dropout)
+        x = dropped(x, dropout)
         y: Tensor | None = None
         mask: Tensor | None = None
         recompute = self.recompute and torch.is_grad_enabled()
@@ -288,7 +288,7 @@ class Stack(nn.Module):
             else:
                 x, y, mask = layer(x, y, mask, attend, cross, adaptation, dropout)
         x = self.final_layer_norm(add(x, y, dropout))
-        return F.dropout(x, dropout) if dropout else x
+        return dropped(x, dropout)
 
 
 class T5(Base):

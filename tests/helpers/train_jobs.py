@@ -8,7 +8,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hdscale import train as train_module
+from hdscale.bases import dropout
 from hdscale.config import load_config
 from hdscale.engine.deepspeed_engine import Engine
 
@@ -21,13 +24,17 @@ def run(
     kill_at: int | None = None,
     signal_at: int | None = None,
     signal_rank: int = 0,
+    dropout_of_torch: bool = False,
 ) -> dict[str, Any]:
     """A whole run; the exit code, and what the main rank trained on.
 
     Args:
         kill_at: each rank kills itself with SIGKILL in the middle of this step.
         signal_at: `signal_rank` sends itself SIGTERM in the middle of this step.
+        dropout_of_torch: its masks, as in version 0.1, in place of our own.
     """
+    if dropout_of_torch:
+        dropout._Dropout.apply = lambda x, rate: torch.dropout(x, rate, True)
     seen: list[list[str]] = []
     step_of = Engine.train_step
     backward_of: dict[str, Any] = {}

@@ -14,16 +14,14 @@ from typing import Any
 import torch
 
 from hdscale.bench.allocations import mark, track_cpu
+from hdscale.bench.engine_step import random_engine
 from hdscale.bench.options import MemoryOptions
 from hdscale.bench.report import publish
 from hdscale.config import Config, load_config
-from hdscale.engine.deepspeed_engine import build_engine
+from hdscale.engine.deepspeed_engine import Engine
 from hdscale.engine.environment import read_environment
 from hdscale.engine.ranks import Ranks
 from hdscale.errors import UserError
-from hdscale.modeling.model import build_model
-from hdscale.ops.precision import DTYPES
-from hdscale.resolve import resolve
 from hdscale.study.inputs import architecture, counted, work_of
 from hdscale.study.memory_model import Memory, Sharding, step_memory
 
@@ -84,14 +82,14 @@ def measured(case: Case, ranks: Ranks) -> int:
     """Most bytes that PyTorch has allocated at any moment of the last step, the model included."""
     config = config_of(case)
     vocabulary = architecture(config).vocabulary
-    dtype = DTYPES[config.train.dtype]
     on_gpu = ranks.device.type == "cuda"
     peaks: list[int] = []
 
     def work() -> None:
-        resolved = resolve(config, ranks.world_size)
-        model = build_model(resolved.model, dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
-        engine = build_engine(model, config.train, resolved.deepspeed, ranks, config.run.seed)
+        with random_engine(config, ranks) as engine:
+            steps(engine)
+
+    def steps(engine: Engine) -> None:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, vocabulary, (case.rows, case.source), generator=generator)
         mask = torch.ones_like(ids)
@@ -114,12 +112,9 @@ def measured(case: Case, ranks: Ranks) -> int:
             peaks.append(torch.cuda.max_memory_allocated())
         with mark("end"):
             pass
-        engine.close()
 
     if on_gpu:
         work()
-        gc.collect()
-        torch.cuda.empty_cache()
         return peaks[0]
     return track_cpu(work).peaks[f"step {STEPS - 1}"]
 

@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hdscale.bench.allocations import mark, track_cpu
+from hdscale.bench.engine_step import plain_adapters
 from hdscale.bench.options import StepOptions
 from hdscale.bench.report import progress, publish
 from hdscale.bench.rows import check_size, make_rows
@@ -98,14 +99,8 @@ def counted(variant: Variant, batch: list[Row], device: torch.device) -> tuple[i
 
     The counter knows torch's own products only, so generated adapters are computed by the plain definition meanwhile.
     """
-    heads: list[Any] = [module for module in variant.model.modules() if hasattr(module, "backend")]
-    before = [module.backend for module in heads]
-    for module in heads:
-        module.backend = "torch"
-    with FlopCounterMode(display=False) as counter:
+    with plain_adapters(variant.model), FlopCounterMode(display=False) as counter:
         loss = variant.step(batch, device)
-    for module, backend in zip(heads, before, strict=True):
-        module.backend = backend
     return counter.get_total_flops(), loss
 
 

@@ -129,10 +129,13 @@ def without_gpu(builds: list[Build]) -> dict[str, Any]:
         load_kernels("cuda")
     except BuildError as error:
         return {"state": "unusable", "detail": str(error), "error": str(error)}
-    registered = all(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"hdscale::{name}", "CUDA") for name in OPERATORS_WITH_KERNELS
-    )
-    if not registered:
+    if unregistered():
         reason = f"{builds[0].library} loads, but has no CUDA kernels"
         return {"state": "unusable", "detail": reason, "error": reason}
     return {"state": "loaded", "detail": target}
+
+
+def unregistered() -> list[str]:
+    """The operators that have no CUDA kernel in this process, once the library is loaded."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return [name for name in OPERATORS_WITH_KERNELS if not has_kernel(f"hdscale::{name}", "CUDA")]

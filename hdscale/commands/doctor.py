@@ -87,11 +87,11 @@ class Progress:
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
-        self._said = 0.0
+        self._said = float("-inf")
 
     def __call__(self, stage: Stage, seconds: float, limit: float) -> None:
         now = time.monotonic()
-        if now - self._said < (0.5 if self._terminal else SECONDS_BETWEEN) and seconds > 0.5:
+        if now - self._said < (0.5 if self._terminal else SECONDS_BETWEEN):
             return
         self._said = now
         text = f"{stage.name}: {seconds:.0f} s of at most {limit:.0f} s"
@@ -102,7 +102,7 @@ class Progress:
         """Make room on the terminal for what comes next."""
         if self._terminal:
             print(f"\r{'':<60}\r", end="", file=sys.stderr, flush=True)
-        self._said = 0.0
+        self._said = float("-inf")
 
     def result(self, result: Result) -> None:
         """The lines of a stage that has ended, and its last words where something is wrong."""

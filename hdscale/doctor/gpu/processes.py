@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -79,12 +80,22 @@ def ended(code: int | None) -> str:
     return f"exit code {code}"
 
 
+def reason(path: Path) -> str:
+    """The line of a failed process's output that says what is wrong: hdscale's own, or that of a traceback's error."""
+    lines = [re.sub(r"^\[rank\d+\]:\s?", "", line) for line in tail(path, 400)]
+    for sign in (r"hdscale: ", r"[A-Za-z_.]*(Error|Exception|Interrupt)\b.*", r"."):
+        for line in reversed(lines):
+            if re.match(sign, line):
+                return line
+    return "no output"
+
+
 def tail(path: Path, count: int = 15) -> list[str]:
     """The last lines of a file that say anything."""
     try:
         with path.open("rb") as stream:
             stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, stream.tell() - 16384))
+            stream.seek(max(0, stream.tell() - 65536))
             text = stream.read().decode(errors="replace")
     except OSError:
         return []

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hdscale.doctor.gpu.lines import FAILED, NOT_FINISHED, Line, read_lines
-from hdscale.doctor.gpu.processes import end, ended, own_environment, start, tail
+from hdscale.doctor.gpu.processes import end, ended, own_environment, reason, start, tail
 from hdscale.doctor.gpu.stages import Command, Stage, command_of, lines_file
 from hdscale.errors import UserError
 
@@ -109,8 +109,7 @@ def run_stage(stage: Stage, work: Path, tick: Tick, command: Command = command_o
         result.lines.append(Line(begun or "the rest of this stage", NOT_FINISHED, result.ended))
     elif process.returncode != 0:
         result.ended = ended(process.returncode)
-        words = tail(errors, 1) or tail(output, 1) or ["no output"]
-        result.lines.append(Line(begun or "this stage", FAILED, f"{result.ended}: {words[0]}"))
+        result.lines.append(Line(begun or "this stage", FAILED, f"{result.ended}: {reason(errors)}"))
     elif not result.lines:
         result.lines.append(Line("this stage", FAILED, "it ended without a line"))
     if any(line.state in (FAILED, NOT_FINISHED) for line in result.lines):

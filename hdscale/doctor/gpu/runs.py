@@ -15,7 +15,7 @@ from typing import Any
 
 from hdscale.config import all_keys
 from hdscale.doctor.gpu.lines import NotPossible, Wrong
-from hdscale.doctor.gpu.processes import end, ended, start, tail
+from hdscale.doctor.gpu.processes import end, ended, reason, start, tail
 from hdscale.engine.deepspeed_config import DEFAULT
 from hdscale.engine.ranks import free_port
 from hdscale.files import write_text
@@ -80,10 +80,8 @@ class TrainingRun:
             codes = [process.poll() for process in self.processes]
             self.kill()
         if bad := [code for code in codes if code]:
-            words = tail(self.log)
-            print(*words, sep="\n", file=sys.stderr)
-            told = [line for line in words if line.startswith("hdscale")] or words[-1:] or ["no output"]
-            raise Wrong(f"the run ended with {ended(bad[0])}: {told[-1]}")
+            print(f"{self.folder.name}:", *tail(self.log), sep="\n", file=sys.stderr)
+            raise Wrong(f"the run ended with {ended(bad[0])}: {reason(self.log)}")
 
     def losses(self) -> dict[int, tuple[float, float]]:
         """{step: loss and norm of the gradient}; of a step that was taken twice, the second time."""

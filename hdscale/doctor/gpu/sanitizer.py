@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hdscale.doctor.gpu.extension import need_kernels
 from hdscale.doctor.gpu.lines import Lines, NotPossible, Wrong
-from hdscale.doctor.gpu.processes import end, ended, start, tail
+from hdscale.doctor.gpu.processes import end, ended, reason, start
 
 TOOLS = {"memcheck": "no access out of bounds", "racecheck": "no race in shared memory"}
 FOUND_ERRORS = 97
@@ -51,8 +51,7 @@ def judge(code: int, log: Path) -> str:
         first = next((line for line in told if re.search(r"Invalid|Race|hazard|Error|error", line)), "")
         raise Wrong(f"{summary[-1] if summary else ended(code)}: {first}")
     if code or not summary:
-        words = tail(log, 1) or ["no output"]
-        raise NotPossible(f"it could not watch the process ({ended(code)}: {words[0]})")
+        raise NotPossible(f"it could not watch the process ({ended(code)}: {reason(log)})")
     return summary[-1]
 
 

@@ -108,12 +108,15 @@ def host_seconds(engine: Engine, batches: Sequence[Batch]) -> float:
 
 
 def launches(engine: Engine, batches: Sequence[Batch]) -> int | None:
-    """Kernels (and graphs) that a step launches, by the profiler; None where it sees none."""
+    """Kernels (and graphs) that a step launches, by the profiler; None where it sees none or is not allowed to."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        engine.train_step(batches).result()
-        synchronize(engine)
-    events = profiler.profiler.kineto_results.events()
+    try:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+            engine.train_step(batches).result()
+            synchronize(engine)
+        events = profiler.profiler.kineto_results.events()
+    except RuntimeError:
+        return None
     return sum(event.name().startswith(LAUNCHES) for event in events) or None
 
 

@@ -17,6 +17,8 @@ from hdscale.doctor.gpu.runner import Result, find_gpus, within
 from hdscale.doctor.gpu.stages import STAGES, Stage, choose
 from hdscale.errors import EXIT_BROKEN, EXIT_DONE, UserError
 
+SHOWN = 8
+"""Lines of stderr that are printed; the report has more."""
 SECONDS_BETWEEN = 15
 """Between two lines about a stage that still runs, where they do not go to a terminal."""
 
@@ -110,7 +112,7 @@ class Progress:
         print(f"{result.title} ({result.seconds:.0f} s)")
         for line in result.lines:
             print(f"  {line.state}: {line.name}{f': {line.detail}' if line.detail else ''}")
-        for text in result.last_words:
+        for text in result.last_words[-SHOWN:]:
             print(f"    | {text}")
         sys.stdout.flush()
 

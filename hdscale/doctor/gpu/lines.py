@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,20 @@ NOT_POSSIBLE, NOT_FINISHED = "not possible here", "not finished"
 BEGUN = "begun"
 LONGEST = 500
 """Characters of a reason."""
+MOST_OUTPUT = 30
+"""Lines of a traceback or of a process's output that are kept."""
 
 
 class Wrong(Exception):
-    """A check has failed; the message says what was expected and what was found."""
+    """A check has failed; the message says what was expected and what was found.
+
+    Attributes:
+        output: the last lines of a process that failed.
+    """
+
+    def __init__(self, message: str, output: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.output = list(output)
 
 
 class NotPossible(Exception):
@@ -34,7 +44,8 @@ class Line:
 
     Attributes:
         name: what was checked. state: passed, failed, not possible here, not finished. detail: what was found, or why.
-        values: numbers for programs; `table`, a list of rows with the same keys, is also shown to people.
+        values: numbers for programs; `table`, a list of rows, is also shown to people; `output` is what a process or a
+            traceback has said.
     """
 
     name: str
@@ -70,7 +81,7 @@ class Lines:
     def check(self, name: str) -> Iterator[Finding]:
         """One check, which becomes one line: failed where its block raises, with what it has said so far in the values.
 
-        The traceback of what is not expected goes to stderr.
+        What is not expected leaves its traceback.
         """
         self._write({"name": name, "state": BEGUN})
         finding = Finding()
@@ -81,11 +92,14 @@ class Lines:
             state, detail = NOT_POSSIBLE, str(reason)
         except Wrong as error:
             state, detail = FAILED, str(error)
+            if error.output:
+                finding.values["output"] = error.output
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
             out_of_memory = type(error).__name__ == "OutOfMemoryError"
             state = NOT_POSSIBLE if out_of_memory else FAILED
             detail = f"{type(error).__name__}: {error}"
+            finding.values["output"] = traceback.format_exc().splitlines()[-MOST_OUTPUT:]
         text = one_line(finding.detail if detail is None else detail)[:LONGEST]
         self._write(asdict(Line(name, state, text, finding.values)))
 

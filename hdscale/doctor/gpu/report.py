@@ -88,6 +88,9 @@ def markdown(report: dict[str, Any], results: Sequence[Result]) -> str:
         text += [f"| {cell(line.name)} | {line.state} | {cell(line.detail)} |" for line in result.lines]
         if rows := [row for line in result.lines for row in line.values.get("table", [])]:
             text += ["", *table(rows)]
+        for line in result.lines:
+            if line.state == FAILED and line.values.get("output"):
+                text += ["", f"{line.name}:", "", "```text", *line.values["output"], "```"]
         if result.last_words:
             text += ["", "The last lines of stderr:", "", "```text", *result.last_words, "```"]
     return "\n".join(text) + "\n"

@@ -36,8 +36,9 @@ def examine(lines: Lines, work: Path) -> None:
             at = kill_at_step(broken, KILLED_AFTER)
             broken = train(work, "broken", 1, *settings)
             broken.finish()
-            resumed = " ".join(broken.log_lines("resum")[-1:])
-            found.say(f"killed after step {at}, resumed to step {max(broken.losses())} ({resumed.strip()})", killed=at)
+            found.say(f"killed after step {at}, resumed, and trained to step {max(broken.losses())}", killed=at)
+            if sorted(broken.losses()) != list(range(1, STEPS + 1)):
+                raise Wrong(f"steps are missing: {found.detail}; the log has {sorted(broken.losses())}")
         name = "equal to the uninterrupted run" + ("" if known else f" (this version has no {DETERMINISTIC})")
         with lines.check(name) as found:
             whole = whole or train(work, "whole", 1, *settings)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hdscale.doctor.gpu.lines import FAILED, NOT_FINISHED, Line, read_lines
+from hdscale.doctor.gpu.lines import FAILED, MOST_OUTPUT, NOT_FINISHED, Line, read_lines
 from hdscale.doctor.gpu.processes import end, ended, own_environment, reason, start, tail
 from hdscale.doctor.gpu.stages import Command, Stage, command_of, lines_file
 from hdscale.errors import UserError
@@ -113,5 +113,5 @@ def run_stage(stage: Stage, work: Path, tick: Tick, command: Command = command_o
     elif not result.lines:
         result.lines.append(Line("this stage", FAILED, "it ended without a line"))
     if any(line.state in (FAILED, NOT_FINISHED) for line in result.lines):
-        result.last_words = tail(errors)
+        result.last_words = tail(errors, MOST_OUTPUT)
     return result

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hdscale.config import all_keys
-from hdscale.doctor.gpu.lines import NotPossible, Wrong
+from hdscale.doctor.gpu.lines import MOST_OUTPUT, NotPossible, Wrong
 from hdscale.doctor.gpu.processes import end, ended, reason, start, tail
 from hdscale.engine.deepspeed_config import DEFAULT
 from hdscale.engine.ranks import free_port
@@ -80,8 +80,7 @@ class TrainingRun:
             codes = [process.poll() for process in self.processes]
             self.kill()
         if bad := [code for code in codes if code]:
-            print(f"{self.folder.name}:", *tail(self.log), sep="\n", file=sys.stderr)
-            raise Wrong(f"the run ended with {ended(bad[0])}: {reason(self.log)}")
+            raise Wrong(f"the run ended with {ended(bad[0])}: {reason(self.log)}", tail(self.log, MOST_OUTPUT))
 
     def losses(self) -> dict[int, tuple[float, float]]:
         """{step: loss and norm of the gradient}; of a step that was taken twice, the second time."""

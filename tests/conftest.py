@@ -28,6 +28,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[STARTED] = time.time()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        # torch is imported for its GPUs: only where a test needs one
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if path := config.getoption("--record"):
         # torch is imported for its version: only where a record is wanted

@@ -34,7 +34,7 @@ def test_dropout_of_the_gated_gelu():
     assert torch.allclose(gradient, expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the memory-efficient kernel runs on a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_attention_with_one_gradient(dtype, tolerance):
     """Output and gradient are those of SDPA over the three parts, with a mask whose rows are padded to 8."""

@@ -21,7 +21,6 @@ EMULATOR = TESTS / "helpers" / "emulator"
 SOURCES = ROOT / "hdscale" / "ops" / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def compile_program(name: str, folder: Path) -> Path:
@@ -110,7 +109,7 @@ GPU_SHAPES = [
 ]
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 def test_kernels_on_a_gpu(shape):
     assert availability("cuda").usable, availability("cuda").reason
@@ -120,14 +119,14 @@ def test_kernels_on_a_gpu(shape):
         assert max(errors.values()) <= TOLERANCE[torch.bfloat16], errors
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_results_on_a_gpu_are_the_same_at_every_run():
     case = random_case(Shape(B=64, T=4, D=512, A=64, K=128, N=4), torch.bfloat16, "cuda")
     first, second = (outputs_and_gradients(case, "cuda") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_capture_into_a_cuda_graph():
     case = random_case(Shape(B=16, T=4, D=256, A=32, K=64), torch.bfloat16, "cuda")
     heads = case.heads

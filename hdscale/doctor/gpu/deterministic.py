@@ -4,37 +4,46 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hdscale.doctor.gpu.lines import Lines, Wrong
-from hdscale.doctor.gpu.runs import SMALL, TrainingRun, deterministic, equal, finish_all, shareable, train
+from hdscale.config import all_keys
+from hdscale.doctor.gpu.lines import Lines, NotPossible, Wrong
+from hdscale.doctor.gpu.runs import DETERMINISTIC, SMALL, TrainingRun, equal, finish_all, shareable, train
 
 STEPS = 5
+USUAL = "usual"
 
 
 def examine(lines: Lines, work: Path) -> None:
     """The checks of the stage `deterministic`."""
-    with lines.check(f"2 x {STEPS} steps with train.deterministic") as found:
-        unlike = compare(work, "deterministic", deterministic())
-        if unlike:
-            raise Wrong(unlike)
-        found.say("losses, gradients' norms and trained weights are equal to the bit")
-    with lines.check(f"2 x {STEPS} steps without it") as found:
-        unlike = compare(work, "usual")
-        found.say(unlike or "equal to the bit as well", equal=unlike is None)
+    asked = {USUAL: [*SMALL, f"train.max_steps={STEPS}", "train.global_batch_size=32", "train.micro_batch_size=16"]}
+    if DETERMINISTIC in all_keys():
+        asked[DETERMINISTIC] = [*asked[USUAL], f"{DETERMINISTIC}=true"]
+    together = shareable()
 
-
-def compare(work: Path, name: str, *settings: str) -> str | None:
-    """How two runs differ; see `equal`."""
-
-    def begin(number: int) -> TrainingRun:
-        steps = (f"train.max_steps={STEPS}", "train.global_batch_size=32", "train.micro_batch_size=16")
-        return train(work, f"{name}-{number}", 1, *SMALL, *steps, *settings)
-
-    if shareable():
-        runs = [begin(1), begin(2)]
-        finish_all(runs)
-    else:
-        runs = []
+    def pair(kind: str) -> list[TrainingRun]:
+        runs: list[TrainingRun] = []
         for number in (1, 2):
-            runs.append(begin(number))
-            finish_all(runs[-1:])
-    return equal(*runs)
+            runs.append(train(work, f"{kind}-{number}", 1, *asked[kind]))
+            if not together:
+                finish_all(runs)
+        return runs
+
+    begun = {kind: pair(kind) for kind in asked} if together else {}
+
+    def compare(kind: str) -> str | None:
+        runs = begun.get(kind) or pair(kind)
+        finish_all(runs)
+        return equal(*runs)
+
+    try:
+        with lines.check(f"2 x {STEPS} steps with {DETERMINISTIC}") as found:
+            if DETERMINISTIC not in asked:
+                raise NotPossible(f"this version has no {DETERMINISTIC}")
+            if unlike := compare(DETERMINISTIC):
+                raise Wrong(unlike)
+            found.say("losses, gradients' norms and trained weights are equal to the bit")
+        with lines.check(f"2 x {STEPS} steps without it") as found:
+            unlike = compare(USUAL)
+            found.say(unlike or "equal to the bit as well", equal=unlike is None)
+    finally:
+        for run in [run for runs in begun.values() for run in runs]:
+            run.kill()

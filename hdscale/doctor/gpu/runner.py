@@ -22,7 +22,12 @@ LOOK_SECONDS = 60.0
 LOOK = """
 import json, torch
 names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-reason = "" if torch.version.cuda or torch.version.hip else "this build of torch is for CPUs"
+reason = ""
+if not names:
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        reason = " ".join(str(error).split())
 print(json.dumps([names, reason]))
 """
 ADVICE = "run it on a node with a GPU, or in a job: sbatch slurm/doctor.sh"

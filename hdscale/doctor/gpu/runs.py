@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hdscale.config import all_keys
-from hdscale.doctor.gpu.lines import MOST_OUTPUT, NotPossible, Wrong
+from hdscale.doctor.gpu.lines import MOST_OUTPUT, Wrong
 from hdscale.doctor.gpu.processes import end, ended, reason, start, tail
 from hdscale.engine.deepspeed_config import DEFAULT
 from hdscale.engine.ranks import free_port
@@ -136,17 +135,6 @@ def deepspeed_config(zero: dict[str, Any]) -> dict[str, Any]:
     else:
         config["zero_optimization"] |= zero
     return config
-
-
-def deterministic() -> str:
-    """The setting that asks for the same bits at every run.
-
-    Raises:
-        NotPossible: if this version has none.
-    """
-    if DETERMINISTIC not in all_keys():
-        raise NotPossible(f"this version has no {DETERMINISTIC}")
-    return f"{DETERMINISTIC}=true"
 
 
 def shareable() -> bool:

@@ -28,10 +28,11 @@ def main() -> None:
         return
     with lines.check(f"{name}: first") as found:
         found.say("this | is seen", table=[{"size": "base", "ms_per_step": 1.25}])
+    if name in ("sleeps", "crashes"):
+        child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({SECONDS})"])
+        (Path(os.environ["DOCTOR_TEST_FOLDER"]) / "child").write_text(str(child.pid))
     if name == "sleeps":
         with lines.check("the check that sleeps"):
-            child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({SECONDS})"])
-            (Path(os.environ["DOCTOR_TEST_FOLDER"]) / "child").write_text(str(child.pid))
             time.sleep(SECONDS)
     if name == "fails":
         with lines.check("what is wrong"):

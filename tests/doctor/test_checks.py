@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from hdscale.bench.engine_step import glue_batch, measure_step, random_engine, step_config
-from hdscale.doctor.gpu import resume, runs
+from hdscale.config import all_keys
+from hdscale.doctor.gpu import deterministic, resume, runs, zero
 from hdscale.doctor.gpu.lines import FAILED, NOT_POSSIBLE, Lines, NotPossible, Wrong, read_lines
 from hdscale.doctor.gpu.processes import own_environment, reason
-from hdscale.doctor.gpu.runs import TrainingRun, equal
+from hdscale.doctor.gpu.runs import DETERMINISTIC, TrainingRun, equal
 from hdscale.doctor.gpu.sanitizer import judge
 from hdscale.engine.deepspeed_config import resolve_deepspeed_config
 from hdscale.engine.settings import TrainSettings
@@ -138,6 +140,31 @@ def test_kill_and_resume(tmp_path, monkeypatch):
     assert begun is None and [line.state for line in found] == ["passed", "passed"], found
     assert resume.KILLED_AFTER <= found[0].values["killed"] < resume.STEPS
     assert "equal to the bit" in found[1].detail
+
+
+@pytest.mark.slow
+def test_every_kind_of_zero_on_two_ranks(tmp_path, monkeypatch):
+    """The stage on the CPU, with real DeepSpeed and two ranks for each kind."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    zero.examine(Lines(tmp_path / "lines"), tmp_path)
+    found, _ = read_lines(tmp_path / "lines")
+    assert [(line.name, line.state) for line in found] == [(f"{kind}, 2 ranks", "passed") for kind in runs.KINDS], found
+    assert all(len(line.values["losses"]) == zero.STEPS for line in found)
+
+
+@pytest.mark.slow
+def test_two_runs_bit_for_bit(tmp_path, monkeypatch):
+    """The stage on the CPU, where the same steps have the same bits anyway; so they are equal with and without."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(deterministic, "SMALL", runs.QUICK)
+    deterministic.examine(Lines(tmp_path / "lines"), tmp_path)
+    found, _ = read_lines(tmp_path / "lines")
+    assert [line.state for line in found] == [
+        "passed" if DETERMINISTIC in all_keys() else "not possible here",
+        "passed",
+    ]
+    assert found[1].values["equal"]
 
 
 def test_a_run_that_fails_is_a_failure_with_its_reason(tmp_path, monkeypatch):

@@ -58,4 +58,4 @@ def need_kernels() -> None:
     check_cards()
     state = availability("cuda")
     if not state.usable:
-        raise NotPossible(f"the compiled kernels cannot be used: {state.reason}")
+        raise NotPossible("the compiled kernels cannot be used: see the stage extension")

@@ -42,6 +42,8 @@ def examine(lines: Lines, work: Path) -> None:
                 extra = self_check or ("" if checked else f"no {CHECK} in this version")
                 found.say(f"losses {told}{f'; {extra}' if extra else ''}", losses=losses)
                 first = first or losses
+                if not run.log_lines(f"ZeRO stage {kind.removeprefix('ZeRO-')[0]}"):
+                    raise Wrong(f"the run's log does not say that it ran under {kind}")
                 if sorted(losses) != list(range(1, STEPS + 1)):
                     raise Wrong(f"{STEPS} steps were asked for, {sorted(losses)} are in the log")
                 if unlike := [s for s in losses if not math.isclose(losses[s], first[s], rel_tol=CLOSE)]:

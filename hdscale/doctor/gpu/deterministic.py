@@ -29,20 +29,22 @@ def examine(lines: Lines, work: Path) -> None:
 
     begun = {kind: pair(kind) for kind in asked} if together else {}
 
-    def compare(kind: str) -> str | None:
+    def compare(kind: str) -> tuple[str | None, list[str]]:
+        """How two runs differ, and what the log of the first says of the cost."""
         runs = begun.get(kind) or pair(kind)
         finish_all(runs)
-        return equal(*runs)
+        return equal(*runs), runs[0].log_lines(f"{DETERMINISTIC}:")
 
     try:
         with lines.check(f"2 x {STEPS} steps with {DETERMINISTIC}") as found:
             if DETERMINISTIC not in asked:
                 raise NotPossible(f"this version has no {DETERMINISTIC}")
-            if unlike := compare(DETERMINISTIC):
+            unlike, cost = compare(DETERMINISTIC)
+            if unlike:
                 raise Wrong(unlike)
-            found.say("losses, gradients' norms and trained weights are equal to the bit")
+            found.say("; ".join(["losses, gradients' norms and trained weights are equal to the bit", *cost]))
         with lines.check(f"2 x {STEPS} steps without it") as found:
-            unlike = compare(USUAL)
+            unlike, _ = compare(USUAL)
             found.say(unlike or "equal to the bit as well", equal=unlike is None)
     finally:
         for run in [run for runs in begun.values() for run in runs]:

@@ -99,9 +99,10 @@ class TrainingRun:
         return (self.folder / "adapter" / "hdscale_adapter.safetensors").read_bytes()
 
     def log_lines(self, word: str) -> list[str]:
-        """The lines of the run's log that contain a word."""
+        """The lines of the run's log that contain a word, from the word on."""
         path = self.folder / LOG
-        return [line for line in path.read_text().splitlines() if word in line] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line[line.index(word) :] for line in lines if word in line]
 
 
 def train(work: Path, name: str, ranks: int, *settings: str, zero: str = "ZeRO-2") -> TrainingRun:

@@ -38,7 +38,7 @@ def examine(lines: Lines, work: Path) -> None:
                 run.finish()
                 losses = {step: loss for step, (loss, _) in run.losses().items()}
                 told = ", ".join(f"{loss:.4f}" for loss in losses.values())
-                self_check = " ".join(run.log_lines("self-check")[:1]).strip()
+                self_check = " ".join(run.log_lines("self-check")[:1])
                 extra = self_check or ("" if checked else f"no {CHECK} in this version")
                 found.say(f"losses {told}{f'; {extra}' if extra else ''}", losses=losses)
                 first = first or losses

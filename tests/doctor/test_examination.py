@@ -25,13 +25,13 @@ from tests.helpers.doctor_stages import command
 def examined(monkeypatch, tmp_path, capfd):
     """Runs the verb with stand-ins: (exit code, what it printed, the report's JSON, its Markdown)."""
 
-    def call(*names: str, limit: int = 30):
+    def call(*names: str, limit: int = 30, options: tuple[str, ...] = ()):
         stages = [Stage(name, f"Title of {name}", limit) for name in names]
         monkeypatch.setenv("DOCTOR_TEST_FOLDER", str(tmp_path))
         monkeypatch.setattr(doctor, "find_gpus", lambda: ["Card X"])
         monkeypatch.setattr(doctor, "choose", lambda names: stages)
         monkeypatch.setattr(doctor, "examine_gpus", functools.partial(examination.examine, command=command))
-        code = main(["doctor", "--gpu", "--out", str(tmp_path / "report")])
+        code = main(["doctor", "--gpu", "--out", str(tmp_path / "report"), *options])
         printed = capfd.readouterr().out
         report = json.loads((tmp_path / "report" / "report.json").read_text())
         return code, printed, report, (tmp_path / "report" / "report.md").read_text()
@@ -101,6 +101,11 @@ def test_nothing_failed(examined):
     code, _, report, page = examined("one", "two")
     assert code == 0 and report["healthy"]
     assert report["verdict"] == "2 passed: nothing failed" and "2 passed: nothing failed." in page
+
+
+def test_json_is_all_that_is_printed(examined):
+    _, printed, report, _ = examined("one", options=("--json",))
+    assert json.loads(printed) == report and report["stages"][0]["lines"][0]["name"] == "one: first"
 
 
 def test_limits_add_up_to_less_than_ten_minutes():

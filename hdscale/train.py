@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import math
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from hdscale.data.mixture import Mixture
 from hdscale.data.sources import check_split, check_splits, load_split
 from hdscale.data.tasks import Task
 from hdscale.data.tokenize import load_tokenizer, tokenized_split
+from hdscale.engine.checks import WrongGradient, compare_gradients, plain_gradient
 from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
 from hdscale.engine.deepspeed_engine import Engine, build_engine, parameter_counts
 from hdscale.engine.determinism import cost_of_determinism, operators_are_named, prepare_determinism
@@ -157,6 +159,8 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
             pin=ranks.device.type == "cuda",
         ) as feed:
             steps = Steps(engine, feed, log, state)
+            if config.train.self_check and engine.step == 0:
+                check_first_step(steps, engine, sample, budget, tokenizer.pad_token_id, log)
             while True:
                 step = engine.step
                 if evaluation_due(config, step) and state.evaluated < step:
@@ -289,6 +293,22 @@ def engine_line(engine: Engine, config: Config) -> str:
 def micro_batches_of(rows: list[Row], ranks: Ranks, train: TrainSettings, budget: int | None) -> list[list[Row]]:
     """This rank's micro-batches of a global batch."""
     return deal(rows, ranks.world_size, train.micro_batch_size, train.sort_by_length, budget)[ranks.rank]
+
+
+def check_first_step(
+    steps: Steps, engine: Engine, sample: list[Row], budget: int | None, pad_id: int, log: RunLog
+) -> None:
+    """Take the first step, and compare the gradient that DeepSpeed forms in it with that of plain backward passes.
+
+    Raises:
+        WrongGradient: on every rank, if they differ by more than rounding.
+    """
+    train, world_size = engine.train, engine.ranks.world_size
+    parts = deal(sample, world_size, train.micro_batch_size, train.sort_by_length, budget)
+    plain = plain_gradient(engine, [[partial(collate, rows, pad_id) for rows in of_rank] for of_rank in parts])
+    steps.next()
+    steps.finish()
+    log.info(compare_gradients(engine, plain))
 
 
 def evaluation_due(config: Config, step: int) -> bool:
@@ -454,6 +474,11 @@ def run(config_file: str, overrides: list[str], fresh: bool = False) -> int:
     except UserError as error:
         report(error, show=rank == 0)
         return EXIT_USER_ERROR
+    except WrongGradient as error:
+        # another node or version may be right, and the command can't tell
+        if rank == 0:
+            print(f"hdscale: {error}", file=sys.stderr, flush=True)
+        return EXIT_BROKEN
     except (RendezvousError, OutOfGpuMemory) as error:
         # no mistake in the command for sure, so a job tries again; each rank prints its own, which another may not have
         print(f"hdscale: {error}", file=sys.stderr, flush=True)

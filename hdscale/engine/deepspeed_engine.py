@@ -183,6 +183,22 @@ class Engine:
         numbers = torch.stack([loss.double(), tokens.double(), norm])
         return PendingStep(self.step, numbers, rate, skipped, lambda what: self._failure(step, what, rows))
 
+    @property
+    def first_beta(self) -> float:
+        """AdamW's beta1."""
+        return float(self._deepspeed.optimizer.param_groups[0]["betas"][0])
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last step's global gradient before clipping; waits for it."""
+        return float(self._deepspeed.get_global_grad_norm())
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """All weights on every rank, for plain passes through `module`. Collective."""
+        with zero.whole_weights(self._deepspeed):
+            yield
+
     def _set_learning_rate(self, factor: float) -> float:
         groups = self._deepspeed.optimizer.param_groups
         for group in groups:
@@ -211,7 +227,7 @@ class Engine:
         """The model, in evaluation mode and with whole weights, for any number of forward passes per rank."""
         self.module.eval()
         try:
-            with torch.no_grad(), zero.whole_weights(self._deepspeed):
+            with torch.no_grad(), self.whole_weights():
                 yield self.module
         finally:
             self.module.train()

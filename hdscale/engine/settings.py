@@ -50,6 +50,11 @@ class TrainSettings(Settings):
     compile: Literal["off", "on", "auto"] = setting(
         "auto", "torch.compile of what is between a layer's matrix products: off, on or auto (off on CPU)"
     )
+    self_check: bool = setting(
+        True,
+        "compare the gradient that DeepSpeed forms in a run's first step with that of plain backward passes over the same "
+        "rows; it costs about a step per rank, once",
+    )
     deterministic: bool = setting(
         False,
         "the same bits from each run on the same GPUs, a resumed one among them: slower algorithms on a GPU, whose "

@@ -15,7 +15,7 @@ import torch
 from hdscale.data.batches import IGNORED
 from hdscale.engine.deepspeed_engine import Batch, Engine, dropout_seed, loss_of
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """Largest difference in relation to a tensor's norm: the sums are formed in another order, and in bf16 each pass's
 gradient is rounded to eight bits."""
 LEAST_NORM = 1e-3
@@ -103,8 +103,8 @@ def sum_of_passes(engine: Engine, passes: Sequence[Sequence[Callable[[], Batch]]
         for index, make in enumerate(of_rank):
             batch = {name: tensor.to(device) for name, tensor in make().items()}
             torch.manual_seed(dropout_seed(engine.seed, engine.step, rank, index))
-            loss = loss_of(engine.module(**batch)).float() * scale
-            # not `backward`: it would set off DeepSpeed's reductions
+            # neither the module's call nor `backward`: they would set off collectives of DeepSpeed's
+            loss = loss_of(engine.module.forward(**batch)).float() * scale
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for total, gradient in zip(sums.values(), found, strict=True):
                 if gradient is not None:

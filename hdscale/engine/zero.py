@@ -153,7 +153,8 @@ def reduce_in_one_order(optimizer: Any, parameters: Iterable[nn.Parameter]) -> N
     """
     if not hasattr(optimizer, "reduce_ready_partitions_and_remove_grads"):
         return  # ZeRO-1 in bf16 reduces all gradients after the backward pass, in the order of the parameters
-    places = {id(parameter): place for place, parameter in enumerate(reversed(list(parameters)))}
+    order = list(reversed(list(parameters)))
+    places = {id(parameter): place for place, parameter in enumerate(order)}
     reduce, finish = (
         optimizer.reduce_ready_partitions_and_remove_grads,
         optimizer.independent_gradient_partition_epilogue,
@@ -170,15 +171,44 @@ def reduce_in_one_order(optimizer: Any, parameters: Iterable[nn.Parameter]) -> N
             following += 1
 
     def end() -> None:
-        """Called after the backward pass; a trainable without a gradient has held up those after it."""
+        """Called after the backward pass; a trainable without a gradient has held up those after it.
+
+        Where another rank has a gradient for it this one adds zeros, so that all ranks reduce the same tensors.
+        """
         nonlocal following
-        for place in sorted(waiting):
-            reduce(*waiting.pop(place))
+        for place in range(following, len(order)):
+            if place in waiting:
+                reduce(*waiting.pop(place))
+            else:
+                with zero_gradient(optimizer, order[place]) as group:
+                    reduce(order[place], *group)
         following = 0
         finish()
 
     optimizer.reduce_ready_partitions_and_remove_grads = take
     optimizer.independent_gradient_partition_epilogue = end
+
+
+@contextlib.contextmanager
+def zero_gradient(optimizer: Any, parameter: nn.Parameter) -> Iterator[tuple[int, ...]]:
+    """Give a trainable that took no part in the backward pass a gradient of zeros, to be reduced.
+
+    Yields:
+        what DeepSpeed's reduction is told beside the parameter: its group under stages 1 and 2, nothing under stage 3.
+    """
+    if hasattr(parameter, "ds_id"):
+        # a gradient has the shape of its parameter, of which a rank holds a part at this time
+        partitioned: Any = parameter
+        part = parameter.data
+        parameter.data = part.new_zeros(partitioned.ds_shape)
+        parameter.grad = torch.zeros_like(parameter)
+        yield ()
+        parameter.data = part
+        return
+    parameter.grad = torch.zeros_like(parameter)
+    if optimizer.use_grad_accum_attribute:
+        optimizer._fill_param_grad_accum_attribute(parameter)
+    yield (next(i for i, group in enumerate(optimizer.bit16_groups) if any(one is parameter for one in group)),)
 
 
 def masters_to_weights(engine: Any, parameters: Iterable[nn.Parameter]) -> None:

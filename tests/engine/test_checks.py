@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hdscale.config import load_config
+from tests.helpers.check_jobs import toy_batch
 from tests.helpers.places import ROOT
 from tests.helpers.tiny import save_tiny_t5
 from tests.helpers.train_jobs import losses
@@ -38,16 +39,15 @@ def case(stage: str, dtype: str, fault: str, folder: Path) -> dict[str, str]:
     return {"deepspeed": str(path), "dtype": dtype, "fault": fault}
 
 
-def test_right_gradients_pass_on_three_ranks(rank_pool, tmp_path):
-    """With dropout, at each stage and in both number types. Fails if the check draws other dropout masks."""
-    cases = [(stage, dtype) for stage in STAGES for dtype in DTYPES]
-    arguments = {"cases": [case(*one, "none", tmp_path) for one in cases]}
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_gradients_pass_on_three_ranks(rank_pool, tmp_path, dtype):
+    """With dropout, at each stage. Fails if the check draws other dropout masks."""
+    arguments = {"cases": [case(stage, dtype, "none", tmp_path) for stage in STAGES]}
     found = rank_pool(3).run("tests.helpers.check_jobs:toys", arguments)
-    assert found[0] == found[1] == found[2] or [len(one) for one in found] == [len(cases)] * 3
-    for (stage, dtype), line in zip(cases, found[0], strict=True):
+    for stage, line in zip(STAGES, found[0], strict=True):
         assert line.startswith("self-check: the gradient of step 1 is that of plain backward passes"), (stage, line)
         difference = float(re.search(r"largest difference (\S+) of", line)[1])
-        assert difference < (1e-6 if dtype == "fp32" else 1e-2), (stage, dtype, line)
+        assert difference < (1e-6 if dtype == "fp32" else 3e-2), (stage, dtype, line)
 
 
 @pytest.mark.parametrize("fault, named", [("micro-batch", None), ("rank", None), ("tensor", "shared")])
@@ -72,17 +72,23 @@ def test_mixed_reduction_buckets_are_found(rank_pool, tmp_path):
     assert "is wrong: " in mixed
 
 
-def test_a_trainable_without_a_gradient_on_one_rank(rank_pool):
-    """It is reduced last, and nothing is added to another tensor's gradient."""
-    found = rank_pool(2).run("tests.helpers.check_jobs:one_sided_gradient")[0]
-    targets = {rank: 0 for rank in range(2)}
-    from tests.helpers.check_jobs import toy_batch
+def test_a_trainable_without_a_gradient_on_one_rank(rank_pool, tmp_path):
+    """Its gradient is the other rank's, and no other tensor's changes: they are those of both ranks together.
 
-    for rank in targets:
-        targets[rank] = sum(int((toy_batch(rank, index)["labels"] != -100).sum()) for index in range(2))
-    expected = 2 * torch.ones(7) * targets[1] / sum(targets.values())
-    assert torch.allclose(found["extra"], expected, rtol=1e-5)
-    assert all(tensor.norm() > 0 for tensor in found.values())
+    Without zeros in its place the ranks would reduce buckets of unlike sizes.
+    """
+    cases = [(stage, dtype) for stage in STAGES for dtype in DTYPES]
+    arguments = {"cases": [case(*one, "", tmp_path) for one in cases]}
+    for one in arguments["cases"]:
+        del one["fault"]
+    found = rank_pool(2).run("tests.helpers.check_jobs:one_sided_gradients", arguments)[0]
+    targets = [sum(int((toy_batch(rank, index)["labels"] != -100).sum()) for index in range(2)) for rank in range(2)]
+    expected = 2 * torch.ones(7) * targets[1] / sum(targets)
+    for (stage, dtype), gradients in zip(cases, found, strict=True):
+        tolerance = 1e-5 if dtype == "fp32" else 2e-2
+        assert torch.allclose(gradients["extra"], expected, rtol=tolerance), stage
+        for name, tensor in gradients.items():
+            assert (tensor - found[1][name]).norm() <= 2 * tolerance * found[1][name].norm(), (stage, dtype, name)
 
 
 def test_losses_do_not_depend_on_the_check(rank_pool, tmp_path):

@@ -116,10 +116,14 @@ class OneSided(ToyModel):
         return loss_sum + (self.extra.square().sum() * tokens if self.rank else 0.0), tokens
 
 
-def one_sided_gradient(ranks: Ranks) -> dict[str, torch.Tensor]:
-    """The gradient of a step under ZeRO-2 in which one rank has none for one trainable."""
-    run = settings(global_batch_size=8, deepspeed="ds_configs/zero2_fp32.json", gradient_clipping=0.0)
-    engine = toy_engine(OneSided(ranks.rank), run, ranks)
-    engine.train_step([toy_batch(ranks.rank, index) for index in range(2)]).result()
-    moments = dict(engine.optimizer_tensors())
-    return {name: moments[f"exp_avg.{name}"] * 10 for name in engine.parameters}
+def one_sided_gradients(ranks: Ranks, cases: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+    """The gradient of a step in which one rank has none for one trainable."""
+    found = []
+    for case in cases:
+        run = settings(global_batch_size=8, gradient_clipping=0.0, **case)
+        engine = toy_engine(OneSided(ranks.rank), run, ranks)
+        engine.train_step([toy_batch(ranks.rank, index) for index in range(2)]).result()
+        moments = dict(engine.optimizer_tensors())
+        found.append({name: moments[f"exp_avg.{name}"] * 10 for name in engine.parameters})
+        engine.close()
+    return found

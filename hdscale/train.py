@@ -34,8 +34,8 @@ from hdscale.data.mixture import Mixture
 from hdscale.data.sources import check_split, check_splits, load_split
 from hdscale.data.tasks import Task
 from hdscale.data.tokenize import load_tokenizer, tokenized_split
-from hdscale.engine.checks import WrongGradient, compare_gradients, plain_gradient
 from hdscale.engine.checkpoint import load_newest_checkpoint, save_checkpoint
+from hdscale.engine.checks import WrongGradient, compare_gradients, plain_gradient
 from hdscale.engine.deepspeed_engine import Engine, build_engine, parameter_counts
 from hdscale.engine.determinism import cost_of_determinism, operators_are_named, prepare_determinism
 from hdscale.engine.devices import OutOfGpuMemory, bf16_warning
@@ -159,8 +159,7 @@ def train(config: Config, ranks: Ranks, fresh: bool = False) -> int:
             pin=ranks.device.type == "cuda",
         ) as feed:
             steps = Steps(engine, feed, log, state)
-            if config.train.self_check and engine.step == 0:
-                check_first_step(steps, engine, sample, budget, tokenizer.pad_token_id, log)
+            check_first_step(steps, engine, sample, budget, tokenizer.pad_token_id, log)
             while True:
                 step = engine.step
                 if evaluation_due(config, step) and state.evaluated < step:
@@ -298,12 +297,14 @@ def micro_batches_of(rows: list[Row], ranks: Ranks, train: TrainSettings, budget
 def check_first_step(
     steps: Steps, engine: Engine, sample: list[Row], budget: int | None, pad_id: int, log: RunLog
 ) -> None:
-    """Take the first step, and compare the gradient that DeepSpeed forms in it with that of plain backward passes.
+    """Take a new run's first step, and compare the gradient that DeepSpeed forms in it with plain backward passes'.
 
     Raises:
         WrongGradient: on every rank, if they differ by more than rounding.
     """
     train, world_size = engine.train, engine.ranks.world_size
+    if not train.self_check or engine.step > 0:
+        return
     parts = deal(sample, world_size, train.micro_batch_size, train.sort_by_length, budget)
     plain = plain_gradient(engine, [[partial(collate, rows, pad_id) for rows in of_rank] for of_rank in parts])
     steps.next()

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from hdscale.bench.report import command as command_line
 from hdscale.doctor.backends import Findings, examine
+from hdscale.doctor.engine import examine as examine_engine
 from hdscale.doctor.gpu.examination import examine as examine_gpus
+from hdscale.doctor.gpu.lines import FAILED, Line
 from hdscale.doctor.gpu.report import JSON, MARKDOWN, default_folder, healthy, verdict
 from hdscale.doctor.gpu.runner import Result, find_gpus, within
 from hdscale.doctor.gpu.stages import STAGES, Stage, choose
@@ -38,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="examine the GPUs of this machine in at most ten minutes, and write a report to keep and to send",
     )
     parser.add_argument(
+        "--engine",
+        action="store_true",
+        help="take a step under ZeRO 1, 2, 3 and offload, in bf16 and fp32, on all GPUs (without any: two processes), "
+        "and compare its gradient with that of plain backward passes; about two minutes",
+    )
+    parser.add_argument(
         "--out", metavar="FOLDER", help="of the report of --gpu; default: here, named after the card and the date"
     )
     parser.add_argument(
@@ -54,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     for option in ("out", "stages", "minutes"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option} belongs to --gpu: hdscale doctor --gpu --{option} {getattr(args, option)}")
+    if args.engine:
+        return run_engine(args.json)
     findings = examine(args.build, args.rebuild)
     if args.json:
         values = asdict(findings)
@@ -82,6 +92,22 @@ def run_gpu(args: argparse.Namespace) -> int:
         print(verdict(results))
         print(f"report: {folder / MARKDOWN}, {folder / JSON}")
     return EXIT_DONE if healthy(results) else EXIT_BROKEN
+
+
+def run_engine(as_json: bool) -> int:
+    """Check the engine's gradients: a line for each ZeRO stage and number type."""
+
+    def begin(name: str) -> None:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+
+    def say(line: Line) -> None:
+        if not as_json:
+            print(f"{line.state}: {line.name}: {line.detail}", flush=True)
+
+    found = examine_engine(begin, say)
+    if as_json:
+        print(json.dumps([asdict(line) for line in found], indent=2))
+    return EXIT_BROKEN if any(line.state == FAILED for line in found) else EXIT_DONE
 
 
 class Progress:

@@ -52,8 +52,8 @@ class TrainSettings(Settings):
     )
     self_check: bool = setting(
         True,
-        "compare the gradient that DeepSpeed forms in a run's first step with that of plain backward passes over the same "
-        "rows; it costs about a step per rank, once",
+        "compare the gradient that DeepSpeed forms in a run's first step with that of plain backward passes over the "
+        "same rows; it costs about a step per rank, once",
     )
     deterministic: bool = setting(
         False,

@@ -58,9 +58,13 @@ def test_planted_faults_are_found(rank_pool, tmp_path, fault, named):
     found = rank_pool(2).run("tests.helpers.check_jobs:toys", arguments)
     assert found[0] == found[1]
     for one, line in zip(cases, found[0], strict=True):
-        tensor = re.match(r"wrong: self-check: the gradient that DeepSpeed formed in step 1 is wrong: (\S+) differs", line)
+        tensor = re.match(
+            r"wrong: self-check: the gradient that DeepSpeed formed in step 1 is wrong: (\S+) differs", line
+        )
         assert tensor, (one, line)
-        assert tensor[1] == named if named else tensor[1] in ("shared", "down.weight", "down.bias", "up.weight", "up.bias")
+        assert (
+            tensor[1] == named if named else tensor[1] in ("shared", "down.weight", "down.bias", "up.weight", "up.bias")
+        )
 
 
 def test_mixed_reduction_buckets_are_found(rank_pool, tmp_path):

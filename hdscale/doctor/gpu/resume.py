@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from hdscale.config import all_keys
 from hdscale.doctor.gpu.lines import Lines, Wrong
 from hdscale.doctor.gpu.runs import (
     DETERMINISTIC,
@@ -24,9 +23,8 @@ STEPS, EVERY, KILLED_AFTER = 40, 5, 12
 
 def examine(lines: Lines, work: Path) -> None:
     """The checks of the stage `resume`."""
-    known = DETERMINISTIC in all_keys()
     settings = [*QUICK, f"train.max_steps={STEPS}", f"train.checkpoint_every={EVERY}", "train.global_batch_size=32"]
-    settings += [f"{DETERMINISTIC}=true"] if known else []
+    settings += [f"{DETERMINISTIC}=true"]
     whole = broken = None
     try:
         with lines.check("killed by SIGKILL and resumed") as found:
@@ -39,16 +37,14 @@ def examine(lines: Lines, work: Path) -> None:
             found.say(f"killed after step {at}, resumed, and trained to step {max(broken.losses())}", killed=at)
             if sorted(broken.losses()) != list(range(1, STEPS + 1)):
                 raise Wrong(f"steps are missing: {found.detail}; the log has {sorted(broken.losses())}")
-        name = "equal to the uninterrupted run" + ("" if known else f" (this version has no {DETERMINISTIC})")
-        with lines.check(name) as found:
+        with lines.check("equal to the uninterrupted run") as found:
             whole = whole or train(work, "whole", 1, *settings)
             finish_all([whole])
             if broken is None:
                 raise Wrong("there is no resumed run")
-            unlike = equal(whole, broken)
-            if unlike and known:
+            if unlike := equal(whole, broken):
                 raise Wrong(unlike)
-            found.say(unlike or "losses, gradients' norms and trained weights are equal to the bit")
+            found.say("losses, gradients' norms and trained weights are equal to the bit")
     finally:
         for run in (whole, broken):
             if run is not None:

@@ -1,4 +1,4 @@
-"""Small training runs of the packaged quick start, each in processes of its own, on the GPUs of this machine."""
+"""Small training runs of the packaged quick start, each in processes of its own, on this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DETERMINISTIC = "train.deterministic"
 POLL_SECONDS = 0.02
 SETTINGS = (
     "data.tasks=[quickstart]", "data.max_source_length=64", "data.max_target_length=8", "train.warmup_steps=2",
-    "train.log_every=1", "train.compile=off", "train.dtype=bf16", "eval.every=0", "eval.select=last", "eval.test=false",
+    "train.log_every=1", "train.compile=off", "eval.every=0", "eval.select=last", "eval.test=false",
     "run.threads=2",
 )  # fmt: skip
 QUICK = ("model.name=quickstart", "method.decoder.dim=32", "method.hypernet.bottleneck=32")
@@ -105,19 +105,19 @@ class TrainingRun:
         return [line[line.index(word) :] for line in lines if word in line]
 
 
-def train(work: Path, name: str, ranks: int, *settings: str, zero: str = "ZeRO-2") -> TrainingRun:
+def train(work: Path, name: str, ranks: int, *settings: str, zero: str = "ZeRO-2", dtype: str = "bf16") -> TrainingRun:
     """Start a run; the same name again resumes it.
 
     Args:
-        work: folder of the examination. ranks: processes, each on a GPU of its own.
-        settings: over `SETTINGS`. zero: one of `KINDS`.
+        work: folder of the examination. ranks: processes, each on a GPU of its own where there are GPUs.
+        settings: over `SETTINGS`. zero: one of `KINDS`. dtype: bf16 or fp32.
     """
-    config, deepspeed = work / "run.yaml", work / f"{zero.replace(' ', '_')}.json"
+    config, deepspeed = work / "run.yaml", work / f"{zero.replace(' ', '_')}_{dtype}.json"
     write_text(config, "run:\n  seed: 1\n")
-    write_text(deepspeed, json.dumps(deepspeed_config(KINDS[zero])))
+    write_text(deepspeed, json.dumps(deepspeed_config(KINDS[zero], dtype)))
     command = [
         sys.executable, "-P", "-m", "hdscale", "train", "--config", str(config), f"run.dir={work / 'runs'}",
-        f"run.name={name}", f"deepspeed={deepspeed}", *SETTINGS, *settings,
+        f"run.name={name}", f"deepspeed={deepspeed}", f"train.dtype={dtype}", *SETTINGS, *settings,
     ]  # fmt: skip
     log, port = work / f"{name}.log", str(free_port())
     processes = []
@@ -128,9 +128,10 @@ def train(work: Path, name: str, ranks: int, *settings: str, zero: str = "ZeRO-2
     return TrainingRun(work / "runs" / name, processes, log)
 
 
-def deepspeed_config(zero: dict[str, Any]) -> dict[str, Any]:
+def deepspeed_config(zero: dict[str, Any], dtype: str) -> dict[str, Any]:
     """hdscale's own DeepSpeed configuration with other keys of its section on ZeRO."""
     config = copy.deepcopy(DEFAULT)
+    config["bf16"] = {"enabled": dtype == "bf16"}
     if zero["stage"] == 3:
         config["zero_optimization"] = dict(zero)
     else:

@@ -31,15 +31,15 @@ class Stage:
 
 STAGES = (
     Stage("machine", "Machine", 20, "machine"),
-    Stage("extension", "CUDA extension: built, loaded, registered", 65, "extension"),
-    Stage("operator", "Operator against float64", 50, "operator"),
+    Stage("extension", "CUDA extension: built, loaded, registered", 60, "extension"),
+    Stage("operator", "Operator against float64", 35, "operator"),
     Stage("zero", "ZeRO 1, 2, 3 and offload", 65, "zero"),
     Stage("step", "Training step", 50, "step"),
     Stage("memory", "Plan against measured memory", 45, "memory"),
     Stage("deterministic", "Two runs, bit for bit", 50, "deterministic"),
     Stage("resume", "Kill and resume", 60, "resume"),
     Stage("decode", "Decoding", 35, "decode"),
-    Stage("compile", "Training step, compiled and packed", 75, "compiled"),
+    Stage("compile", "Training step, compiled and packed", 95, "compiled"),
     Stage("op", "Operator against library products", 30, "op_table"),
     Stage("sanitizer", "compute-sanitizer", 45, "sanitizer"),
 )

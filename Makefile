@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export DS_ACCELERATOR ?= cpu
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install quickstart test test-landing test-all lint format clean
+.PHONY: help install quickstart test test-landing test-all test-newest newest-tests lint format clean
 
 help:
 	@echo "make install       virtual environment in $(VENV) with hdscale and its test tools"
@@ -14,6 +14,8 @@ help:
 	@echo "make format        format the code and correct what ruff can correct"
 	@echo "make test          the fast tests (at most 10 minutes on two cores)"
 	@echo "make test-landing  slow tests that must pass before each merge"
+	@echo "make test-newest   the fast tests of model, operator, engine and evaluation with the newest versions that"
+	@echo "                   pyproject.toml allows, in $(NEWEST_VENV); writes tests/last_newest_run.md"
 	@echo "make test-all      all tests (real SLURM, a browser, long drills); writes tests/last_full_run.md"
 
 # CONSTRAINTS= (empty) installs the newest versions that pyproject.toml allows, CUDA builds of torch among them
@@ -38,6 +40,19 @@ test-landing: install
 
 test-all: install
 	$(BIN)/python -m pytest -q --record tests/last_full_run.md $(ARGS)
+
+# An environment of its own, with the newest of all libraries: a CUDA build of torch among them (7 GB). Run it before
+# a bound in pyproject.toml is changed.
+NEWEST_VENV ?= .venv-newest
+NEWEST := bases modeling ops engine evaluation
+test-newest:
+	$(MAKE) install VENV=$(NEWEST_VENV) CONSTRAINTS=
+	$(NEWEST_VENV)/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e '.[test,tensorboard]'
+	$(MAKE) newest-tests VENV=$(NEWEST_VENV) CONSTRAINTS=
+
+newest-tests:
+	$(BIN)/python -m pytest -q -m "not slow" --record tests/last_newest_run.md --record-of test-newest \
+	  $(NEWEST:%=tests/%) $(ARGS)
 
 CODE := hdscale tests tools
 lint: install

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM
 
+from hdscale.bases.gpu import prepare_cuda
 from hdscale.bases.loading import quiet_loading
 from hdscale.bases.sizes import tokenizer_name
 from hdscale.config import Config, load_config
 from hdscale.data.batches import IGNORED
 from hdscale.data.tasks.aliases import canonical
 from hdscale.data.tokenize import load_tokenizer
-from hdscale.engine.devices import bf16_warning, prepare_cuda
+from hdscale.engine.devices import bf16_warning
 from hdscale.errors import UserError
 from hdscale.evaluation.generation import UNKNOWN_TASK, task_id_of
 from hdscale.modeling.config import CONFIG_FILE

@@ -15,6 +15,9 @@ if __name__ == "__main__":
     # `deepspeed hdscale/train.py` puts hdscale/ itself first on the path: the repository's root belongs there,
     # so that the checkout runs without being installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from hdscale.commands.train import main
+
+    sys.exit(main())
 
 import dataclasses
 import math
@@ -487,9 +490,3 @@ def run(config_file: str, overrides: list[str], fresh: bool = False) -> int:
     finally:
         if ranks is not None:
             ranks.close()
-
-
-if __name__ == "__main__":
-    from hdscale.commands.train import main
-
-    sys.exit(main())

@@ -22,6 +22,7 @@ def rank_pool() -> RankPool:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="FILE", help="write a summary of the run to this file")
+    parser.addoption("--record-of", metavar="TARGET", default="test-all", help="the Makefile's target in that summary")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,7 +43,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         # torch is imported for its version: only where a record is wanted
         from tests.helpers.record import summary
 
-        text = summary(terminalreporter.stats, time.time() - config.stash[STARTED], config.rootpath)
+        text = summary(
+            terminalreporter.stats,
+            time.time() - config.stash[STARTED],
+            config.rootpath,
+            config.getoption("--record-of"),
+        )
         Path(path).write_text(text, encoding="utf-8")
 
 

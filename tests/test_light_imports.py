@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.house import ROOT, read_house, room_of
 
 HEAVY = {"torch", "transformers", "datasets", "deepspeed", "sklearn", "scipy", "matplotlib", "evaluate"}
-LIGHT_ROOMS = {"cluster", "runs", "config", "errors", "settings", "files", "launch"}
+LIGHT_ROOMS = {"cluster", "runs", "config", "errors", "requirements", "settings", "files", "launch"}
 LIGHT_FILES = ["hdscale", "hdscale.commands.cli", "hdscale.commands.arguments"]
 
 

@@ -22,6 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, PretrainedConfig
 
+from hdscale.requirements import require
+
+require("torch", "transformers")
+
 
 class LinearShape(NamedTuple):
     """Sizes of a linear that a method can adapt."""

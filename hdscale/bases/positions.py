@@ -101,7 +101,10 @@ def aligned(mask: Tensor) -> Tensor:
     length = mask.shape[-1]
     if mask.device.type == "cpu" or length % ALIGNMENT == 0:
         return mask.contiguous()
-    return F.pad(mask, (0, -length % ALIGNMENT))[..., :length]
+    # not by `pad`, which keeps the order of the dimensions in memory: a single row can have a last stride of H
+    padded = mask.new_zeros(*mask.shape[:-1], length + -length % ALIGNMENT)
+    padded[..., :length] = mask
+    return padded[..., :length]
 
 
 def with_prefix(mask: Tensor, length: int) -> Tensor:

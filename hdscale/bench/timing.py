@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hdscale.engine.devices import prepare_cuda
+from hdscale.bases.gpu import prepare_cuda
 from hdscale.errors import UserError
 
 

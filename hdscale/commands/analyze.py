@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("compare", "two methods over seeds: means, deviations and tests (the marks of Table 1)", add_compare, compare),
         ("tables", "your runs beside the rows that the paper prints", add_tables, tables),
     ):
-        sub = names.add_parser(name, help=help_line, description=help_line, allow_abbrev=False)
+        sub = names.add_parser(name, help=help_line, description=help_line)
         add(sub)
         sub.set_defaults(run_analysis=function)
 

@@ -4,12 +4,64 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
+import sys
 import types
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from hdscale.errors import UserError, nearest, one_line
 from hdscale.settings import Settings, choices
 
 Options = TypeVar("Options", bound=Settings)
+
+
+NUMBER = re.compile(r"-\.?\d")
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError, with the nearest option for one that does not exist, where argparse would print and exit."""
+
+    def __init__(self, **arguments: Any) -> None:
+        # `--conf` must not mean `--config` today and something else once another option is added
+        super().__init__(**{**arguments, "allow_abbrev": False})
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        """Look at the names of all options first: a misspelt one also makes another argument missing."""
+        args = sys.argv[1:] if args is None else args
+        self.check_options(args)
+        found, more = super().parse_known_args(args, namespace)
+        if more:
+            self.error(f"unrecognized: {' '.join(more)}")
+        return found, more
+
+    def check_options(self, args: Sequence[str]) -> None:
+        """Raise UserError for the first option that does not exist."""
+        for argument in args:
+            name = argument.partition("=")[0]
+            is_option = len(name) > 1 and name.startswith("-") and not NUMBER.match(name)
+            # what follows a verb is for its own parser
+            if name == "--" or (self._subparsers is not None and not is_option):
+                return
+            if is_option and name not in self._option_string_actions:
+                shown = [option for option in self._option_string_actions if option.startswith("--")]
+                raise UserError(f"{self.place}no option {name}{nearest(name, shown)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Raise UserError for a value, such as a verb, that is none of those there are."""
+        if action.choices is not None and value not in action.choices:
+            name = (action.option_strings or [action.metavar or action.dest])[-1]
+            raise UserError(f"{self.place}unknown {name} {value}{nearest(value, map(str, action.choices))}")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{self.place}{one_line(message)} (see {self.prog} --help)")
+
+    @property
+    def place(self) -> str:
+        """The verb, before what is wrong with its arguments."""
+        _, _, verb = self.prog.partition(" ")
+        return f"{verb}: " if verb else ""
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

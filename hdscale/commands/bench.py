@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-verb for each benchmark."""
     names = parser.add_subparsers(dest="bench", metavar="NAME", required=True)
     for name, (kind, help_line) in BENCHES.items():
-        add_options(names.add_parser(name, help=help_line, description=help_line, allow_abbrev=False), kind)
+        add_options(names.add_parser(name, help=help_line, description=help_line), kind)
 
 
 def run(args: argparse.Namespace) -> int:

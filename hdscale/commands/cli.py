@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from hdscale.commands.arguments import Parser
 from hdscale.errors import guarded
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -34,21 +35,27 @@ VERBS: dict[str, tuple[str, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
-    args = parse(list(sys.argv[1:] if argv is None else argv))
-    return guarded(args.run, args)
+    return guarded(parse_and_run, list(sys.argv[1:] if argv is None else argv))
+
+
+def parse_and_run(argv: list[str]) -> int:
+    """A verb's exit code; what is wrong with its arguments or its libraries is raised."""
+    args = parse(argv)
+    return int(args.run(args))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments of a command line; `run` is the verb's function."""
-    parser = argparse.ArgumentParser(
-        prog="hdscale", description="Train hyperdecoders at cluster scale.", allow_abbrev=False
-    )
+    parser = Parser(prog="hdscale", description="Train hyperdecoders at cluster scale.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     wanted = argv[0] if argv else None
     for name, (module_name, help_line) in VERBS.items():
-        sub = verbs.add_parser(name, help=help_line, description=help_line, allow_abbrev=False)
+        sub = verbs.add_parser(name, help=help_line, description=help_line)
         if name == wanted:
-            # only the verb that is run is imported: `hdscale --help` must not wait for torch
+            # only for a verb that is run: `hdscale --help` waits neither for metadata of libraries nor for torch
+            from hdscale.requirements import require
+
+            require("torch", "transformers")
             module = importlib.import_module(module_name)
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from hdscale import train
-from hdscale.commands.arguments import add_config_arguments
+from hdscale.commands.arguments import Parser, add_config_arguments
+from hdscale.errors import guarded
+from hdscale.requirements import require
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,13 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train as one rank; its exit code."""
+    require("torch", "transformers", "deepspeed")
+    # not before the versions are checked
+    from hdscale import train
+
     return train.run(args.config, args.overrides, args.fresh)
 
 
 def main() -> int:
     """For `deepspeed hdscale/train.py` and `srun python hdscale/train.py`."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description="Train, evaluate and test a model.", allow_abbrev=False
-    )
+    return guarded(parse_and_run)
+
+
+def parse_and_run() -> int:
+    """The exit code; what is wrong with the arguments or the libraries is raised."""
+    parser = Parser(prog="train.py", description="Train, evaluate and test a model.")
     add_arguments(parser)
     return run(parser.parse_args())

@@ -23,9 +23,10 @@ PICKLED_FILES = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin")
 
 
 def needs_hub(task: Task, settings: DataSettings) -> bool:
-    """Whether a task's rows come from the hub: not from one's own files, a generator, or the shared task's
-    folder."""
-    own_files = bool(task.files) or (task.kind == "qa" and settings.mrqa_root is not None)
+    """Whether a task's rows come from the hub: not from one's own files, a generator, or, for MRQA's sets, the shared
+    task's folder."""
+    # other question answering is read as tables, wherever the shared task's files are
+    own_files = bool(task.files) or (task.chunked and settings.mrqa_root is not None)
     return task.repo is not None and not own_files
 
 

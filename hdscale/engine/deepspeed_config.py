@@ -9,6 +9,7 @@ from typing import Any
 
 from hdscale.engine.settings import TrainSettings
 from hdscale.errors import UserError
+from hdscale.requirements import require
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -176,6 +177,7 @@ def section(config: dict[str, Any], key: str, name: str) -> dict[str, Any]:
 
 def validate_zero_section(zero: dict[str, Any], name: str) -> None:
     """Let DeepSpeed check its own section now, and not after the model is loaded."""
+    require("deepspeed")
     import pydantic
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 

@@ -19,6 +19,7 @@ from hdscale.engine.optimizer import build_optimizer, learning_rate_factor, trai
 from hdscale.engine.ranks import Ranks
 from hdscale.engine.settings import TrainSettings
 from hdscale.errors import UserError
+from hdscale.requirements import require
 from hdscale.runs.log import StepResult
 
 Batch = Mapping[str, torch.Tensor]
@@ -115,6 +116,7 @@ class Engine:
     def __init__(
         self, model: nn.Module, train: TrainSettings, json_config: dict[str, Any], ranks: Ranks, seed: int
     ) -> None:
+        require("deepspeed")
         import deepspeed
 
         self.ranks, self.train, self.seed = ranks, train, seed

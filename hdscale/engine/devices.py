@@ -1,9 +1,6 @@
-"""What is set before anything is computed on a GPU, and what is said of a GPU that does not suit."""
+"""What is said of a GPU that does not suit, and of one whose memory does not suffice."""
 
 from __future__ import annotations
-
-import os
-from collections.abc import MutableMapping
 
 import torch
 import torch.distributed as dist
@@ -11,26 +8,11 @@ import torch.distributed as dist
 from hdscale.engine.settings import TrainSettings
 from hdscale.errors import UserError
 
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-ALLOCATOR = "expandable_segments:True"
-"""Batches of many lengths leave holes between the allocator's segments: up to a third of the memory is lost. Segments
-that can grow lose a few percent."""
 BF16_CAPABILITY = (8, 0)
 
 
 class OutOfGpuMemory(RuntimeError):
     """A step needs more memory than the GPU has; the message is one line with advice."""
-
-
-def prepare_cuda(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Settings of every process that computes on a GPU: to be called before its first tensor there.
-
-    The allocator grows its segments, unless the environment says how it works. Attention does not use cuDNN, which
-    builds a plan for each new pair of lengths: text has many, and a plan takes longer than it saves.
-    """
-    if not any(name in environ for name in ALLOCATOR_VARIABLES):
-        environ[ALLOCATOR_VARIABLES[0]] = ALLOCATOR
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def bf16_warning(device: torch.device, dtype: torch.dtype) -> str | None:

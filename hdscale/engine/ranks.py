@@ -13,7 +13,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from hdscale.engine.devices import check_own_gpu, gpu_identity, prepare_cuda
+from hdscale.bases.gpu import prepare_cuda
+from hdscale.engine.devices import check_own_gpu, gpu_identity
 from hdscale.engine.environment import Launch, read_environment
 from hdscale.engine.rendezvous import meet
 from hdscale.errors import UserError

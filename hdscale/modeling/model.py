@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hdscale.bases import generation
+from hdscale.bases.gpu import prepare_cuda
 from hdscale.bases.greedy import Decoded, greedy_decode
 from hdscale.bases.interface import Adaptation, Base, Encoding, Source
 from hdscale.bases.loading import load_base
@@ -307,7 +308,8 @@ def build_model(
     Args:
         config: base, method and tasks (not changed).
         dtype: of the base.
-        device: "meta" builds the model without memory, for counting.
+        device: "meta" builds the model without memory, for counting. A GPU is prepared as for training
+            (`hdscale.bases.gpu.prepare_cuda`).
         seed: of random initialisation; the caller's random state does not change.
         trainable_dtype: of trainable parameters; default: `dtype`. For training in bf16 give float32: the engine copies
             its float32 masters from these values.
@@ -318,6 +320,8 @@ def build_model(
     """
     config = HyperdecoderConfig.from_dict(config.to_dict())
     cls = complete_config(config)
+    if torch.device(device).type == "cuda":
+        prepare_cuda()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trainable_dtype = trainable_dtype or dtype

@@ -11,6 +11,9 @@ from hdscale.ops.naive import (
     generated_adapter_reference,
     group_by_instance,
 )
+from hdscale.requirements import require
+
+require("torch")
 
 __all__ = [
     "AdapterHeads",

@@ -42,8 +42,11 @@ def test_rows_of_masks_are_aligned_on_a_gpu(length):
     stands for the GPU: strides without memory.)"""
     with torch.device("meta"):
         bias, visible = torch.empty(1, 4, length, length), torch.ones(2, 1, 1, length, dtype=torch.bool)
-        masks = joined(bias, visible), source_mask(visible[:, 0, 0], torch.bfloat16), with_prefix(aligned(bias), 3)
-    for mask, size in zip(masks, (length, length, length + 3), strict=True):
+        # one more token after those of a library's cache: heads come last in memory
+        next_token = bias_of_next(torch.empty(32, 4), length - 1, 1, length, Buckets(32, 128, False))
+        masks = [joined(bias, visible), source_mask(visible[:, 0, 0], torch.bfloat16), joined(next_token, visible[:1])]
+        masks.append(with_prefix(aligned(bias), 3))
+    for mask, size in zip(masks, (length, length, length, length + 3), strict=True):
         *others, last = mask.stride()
         assert mask.shape[-1] == size and last == 1 and all(stride % ALIGNMENT == 0 for stride in others)
 

@@ -11,13 +11,7 @@ import torch.distributed as dist
 
 from hdscale import load
 from hdscale.engine import ranks as ranks_module
-from hdscale.engine.devices import (
-    OutOfGpuMemory,
-    bf16_warning,
-    check_own_gpu,
-    out_of_memory,
-    prepare_cuda,
-)
+from hdscale.engine.devices import OutOfGpuMemory, bf16_warning, check_own_gpu, out_of_memory
 from hdscale.engine.environment import Launch
 from hdscale.engine.settings import TrainSettings
 from hdscale.engine.steps import Steps
@@ -35,18 +29,6 @@ def cudnn_attention():
     torch.backends.cuda.enable_cudnn_sdp(True)
     yield
     torch.backends.cuda.enable_cudnn_sdp(before)
-
-
-def test_segments_grow_unless_the_user_says_otherwise(cudnn_attention):
-    """Fails if the default is not set, or if it replaces what the user has set by either name."""
-    environ: dict[str, str] = {}
-    prepare_cuda(environ)
-    assert environ == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        for value in ("max_split_size_mb:512", ""):
-            theirs = {name: value}
-            prepare_cuda(theirs)
-            assert theirs == {name: value}
 
 
 class Stopped(Exception):

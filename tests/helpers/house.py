@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "hdscale"
 ORDER = (
     "commands > doctor > train > bench > analysis | study > report > launch | load > resolve > config > evaluation"
-    " > engine > modeling > bases | data | cluster > runs > ops > files > errors | settings"
+    " > engine > modeling > bases | data | cluster > runs > ops > files > requirements > errors | settings"
 )
 """A room imports only rooms to its right; rooms joined by | do not import each other."""
 LEVELS = {room.strip(): level for level, rooms in enumerate(ORDER.split(">")) for room in rooms.split("|")}

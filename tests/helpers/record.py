@@ -6,24 +6,27 @@ import datetime
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hdscale.requirements import BOUNDS
 from hdscale.runs.machine import processor_name
 
 SLOWEST = 15
 KINDS = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 
 
-def summary(reports: Mapping[str, Sequence[Any]], seconds: float, root: Path) -> str:
+def summary(reports: Mapping[str, Sequence[Any]], seconds: float, root: Path, target: str) -> str:
     """Markdown: counts, machine, each room's minutes, the slowest tests, and why tests were skipped.
 
     Args:
         reports: pytest's reports by outcome (`terminalreporter.stats`).
         seconds: duration of the whole run.
         root: of the checkout.
+        target: of the Makefile, which ran the tests.
     """
     commit = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     counts = {kind: len(reports[kind]) for kind in KINDS if reports.get(kind)}
@@ -33,10 +36,12 @@ def summary(reports: Mapping[str, Sequence[Any]], seconds: float, root: Path) ->
         room = "/".join(one.nodeid.split("::")[0].split("/")[1:2])
         rooms[room] = rooms.get(room, 0.0) + one.duration
     lines = [
-        "# The last run of `make test-all`",
+        f"# The last run of `make {target}`",
         "",
         f"{datetime.date.today().isoformat()}, after commit {commit.stdout.strip()}; torch {torch.__version__}, "
         f"{os.cpu_count()} CPUs ({processor_name()}), GPUs: {torch.cuda.device_count()}.",
+        "",
+        f"Libraries: {', '.join(f'{name} {version(name)}' for name in BOUNDS)}.",
         "",
         f"{', '.join(f'{count} {kind}' for kind, count in counts.items())} in {seconds / 60:.1f} minutes.",
         "",

@@ -151,10 +151,11 @@ def paddings(batches: list[list[Row]], options: DataOptions) -> dict[str, float]
 def consumption(options: DataOptions, rows: list[Row], device: torch.device) -> float:
     """Samples per second of hdscale's training steps in float32, on this machine."""
     (variant,) = build_variants(options.size, "fp32", options.micro_batch_size, len(rows), device, ["hdscale"])
-    variant.step(rows, device)
+    batch = variant.prepare(rows)
+    variant.step(batch)
     taken = []
     for _ in range(options.steps):
         start = time.perf_counter()
-        variant.step(rows, device)
+        variant.step(batch)
         taken.append(time.perf_counter() - start)
     return len(rows) / statistics.median(taken)

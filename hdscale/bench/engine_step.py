@@ -40,7 +40,14 @@ def random_engine(config: Config, ranks: Ranks) -> Iterator[Engine]:
     """The engine of a run on a built-in size; its memory is free again afterwards."""
     resolved = resolve(config, ranks.world_size)
     dtype = DTYPES[config.train.dtype]
-    model = build_model(resolved.model, dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
+    model = build_model(
+        resolved.model,
+        dtype,
+        ranks.device,
+        seed=config.run.seed,
+        trainable_dtype=torch.float32,
+        label_smoothing=config.train.label_smoothing,
+    )
     engine = build_engine(model, config.train, resolved.deepspeed, ranks, config.run.seed)
     del model
     try:

@@ -1,5 +1,6 @@
 """`hdscale bench memory`: the plan's memory against measured peaks of real training steps under DeepSpeed.
 
+The steps are those of a run: its model, engine, backend and `train.compile`, batches from a feed, one pass per step.
 On a CPU five tiny shapes, from the allocator's events (`hdscale.bench.allocations`); on a GPU base and large, from the
 caching allocator. What a GPU needs besides tensors (context, libraries) is in neither number.
 """
@@ -7,9 +8,12 @@ caching allocator. What a GPU needs besides tensors (context, libraries) is in n
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import tempfile
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -18,12 +22,20 @@ from hdscale.bench.engine_step import random_engine
 from hdscale.bench.options import MemoryOptions
 from hdscale.bench.report import publish
 from hdscale.config import Config, load_config
+from hdscale.data.batches import Row, collate
+from hdscale.data.feed import Feed
+from hdscale.data.micro_batches import deal
 from hdscale.engine.deepspeed_engine import Engine
 from hdscale.engine.environment import read_environment
 from hdscale.engine.ranks import Ranks
+from hdscale.engine.tuning import choose_backend, compile_for_training
 from hdscale.errors import UserError
+from hdscale.modeling.model import AdaptedModel
+from hdscale.runs.settled import Settled
 from hdscale.study.inputs import architecture, counted, work_of
 from hdscale.study.memory_model import Memory, Sharding, step_memory
+
+logger = logging.getLogger("hdscale.bench")
 
 STEPS = 3
 """The last one is measured: the first creates AdamW's moments."""
@@ -65,7 +77,7 @@ def config_of(case: Case) -> Config:
         None,
         [
             "data.tasks=[quickstart]", f"data.max_source_length={case.source}", f"data.max_target_length={case.target}",
-            f"train.global_batch_size={case.rows}", *case.settings,
+            f"train.global_batch_size={case.rows}", f"train.micro_batch_size={case.rows}", *case.settings,
         ],
     )  # fmt: skip
 
@@ -78,36 +90,54 @@ def predicted(case: Case, device: str) -> Memory:
     return step_memory(architecture(config), work, Sharding(1, 2), count.base, count.trainable, heads, workspace=0.0)
 
 
+def rows_of(case: Case, vocabulary: int) -> list[Row]:
+    """Random rows of the greatest lengths, but for one of half as many source tokens: some padding."""
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.randint(3, vocabulary, (case.rows, case.source), generator=generator).tolist()
+    targets = torch.randint(3, vocabulary, (case.rows, case.target), generator=generator).tolist()
+    sources[0] = sources[0][: case.source // 2]
+    return [Row(*pair, 0, str(number), "bench") for number, pair in enumerate(zip(sources, targets, strict=True))]
+
+
+def settle(engine: Engine, rows: list[Row]) -> None:
+    """Choose the backend and compile, as a run does before its first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        settled = Settled(Path(folder) / "settled.json", engine.ranks)
+        choose_backend(cast(AdaptedModel, engine.module), settled, logger)
+        compile_for_training(engine, engine.train.compile, [collate(rows, 0)], settled, logger)
+
+
 def measured(case: Case, ranks: Ranks) -> int:
     """Most bytes that PyTorch has allocated at any moment of the last step, the model included."""
     config = config_of(case)
-    vocabulary = architecture(config).vocabulary
+    rows = rows_of(case, architecture(config).vocabulary)
+    train = config.train
     on_gpu = ranks.device.type == "cuda"
     peaks: list[int] = []
 
     def work() -> None:
         with random_engine(config, ranks) as engine:
+            settle(engine, rows)
             steps(engine)
 
     def steps(engine: Engine) -> None:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(3, vocabulary, (case.rows, case.source), generator=generator)
-        mask = torch.ones_like(ids)
-        mask[0, case.source // 2 :] = 0  # some padding
-        batch = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": torch.randint(3, vocabulary, (case.rows, case.target), generator=generator),
-            "task_ids": torch.zeros(case.rows, dtype=torch.long),
-        }
-        for step in range(STEPS):
-            # DeepSpeed leaves cycles behind: what only they hold is garbage, and not the step's
-            gc.collect()
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            with mark(f"step {step}"):
-                pass
-            engine.train_step([batch]).result()
+        with Feed(
+            lambda step: rows,
+            lambda batch: deal(batch, ranks.world_size, train.micro_batch_size, train.sort_by_length)[ranks.rank],
+            0,
+            0,
+            STEPS,
+            pin=on_gpu,
+        ) as feed:
+            for step in range(STEPS):
+                # DeepSpeed leaves cycles behind: what only they hold is garbage, and not the step's
+                gc.collect()
+                if on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                batches = feed.next().micro_batches
+                with mark(f"step {step}"):
+                    pass
+                engine.train_step(batches).result()
         if on_gpu:
             peaks.append(torch.cuda.max_memory_allocated())
         with mark("end"):

@@ -73,6 +73,10 @@ class StepOptions(ReportOptions, RowOptions):
     micro_batch_size: Optional[int] = setting(
         None, "rows per pass of hdscale, in place of a number of tokens", metavar="N", at_least=1
     )
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "train.compile of hdscale, adapter and full; auto, as in training: on for a GPU where a compiler is found",
+    )
     steps: int = setting(5, "steps that each variant is timed for, alternating", at_least=1)
     variants: list[Literal["hdscale", "released-fp32", "released-bf16", "adapter", "full"]] = setting(
         list(VARIANTS), "what is measured; the first is what the others are compared with"

@@ -19,9 +19,10 @@ from hdscale.bench.options import StepOptions
 from hdscale.bench.report import progress, publish
 from hdscale.bench.rows import check_size, make_rows
 from hdscale.bench.timing import device_of, matmul_peak, timed
-from hdscale.bench.variants import Variant, build_variants, static_bytes
-from hdscale.data.batches import Row, collate
+from hdscale.bench.variants import GlobalBatch, Variant, build_variants, static_bytes
+from hdscale.data.batches import Row
 from hdscale.engine.settings import TrainSettings
+from hdscale.errors import UserError
 
 
 def run(options: StepOptions) -> None:
@@ -42,7 +43,7 @@ def run(options: StepOptions) -> None:
         options.variants,
         token_budget(options, device),
     )
-    measured = take_turns(variants, batches, device)
+    measured = take_turns(variants, batches, device, options.compile)
     peaks = {kind: matmul_peak(kind, device) for kind in {variant.dtype for variant in variants}}
     publish(
         f"training step, {options.size}, batch {options.global_batch_size}, {options.lengths} lengths, {device.type}",
@@ -51,7 +52,7 @@ def run(options: StepOptions) -> None:
         device,
         mean_source_tokens=statistics.fmean(len(row.input_ids) for row in rows),
         matmul_peak_tflops={str(kind).removeprefix("torch."): round(peak / 1e12, 4) for kind, peak in peaks.items()},
-        share_of_time={variant.name: rounded(share_of_parts(variant, batches[0], device)) for variant in variants},
+        share_of_time={variant.name: rounded(share_of_parts(variant, batches[0])) for variant in variants},
     )
 
 
@@ -62,55 +63,81 @@ def token_budget(options: StepOptions, device: torch.device) -> int | None:
     return options.tokens_per_micro_batch or TrainSettings().default_token_budget(device.type)
 
 
-def take_turns(variants: list[Variant], batches: list[list[Row]], device: torch.device) -> dict[str, dict[str, Any]]:
-    """{variant: seconds of each batch, loss of the first, operations, peak memory in bytes}."""
+def take_turns(
+    variants: list[Variant], batches: list[list[Row]], device: torch.device, compile: str
+) -> dict[str, dict[str, Any]]:
+    """{variant: seconds of each batch, loss of the first, operations, peak memory in bytes}; `compile` as in
+    training."""
     measured: dict[str, dict[str, Any]] = {variant.name: {"seconds": []} for variant in variants}
     for variant in variants:
         progress(f"{variant.name}: first steps")
         # the first step pays for kernels, caches and the optimizer's state
-        measured[variant.name]["flops"], measured[variant.name]["loss"] = counted(variant, batches[0], device)
-        variant.step(batches[0], device)
-        measured[variant.name]["peak"] = static_bytes(variant) + step_bytes(variant, batches[0], device)
+        first = variant.prepare(batches[0])
+        measured[variant.name]["flops"], measured[variant.name]["loss"] = counted(variant, first)
+        compile_steps(variant, first, compile)
+        variant.step(first)
+        measured[variant.name]["peak"] = static_bytes(variant) + step_bytes(variant, first)
     for turn, batch in enumerate(batches, 1):
         progress(f"turn {turn} of {len(batches)}")
         for variant in variants:
-            measured[variant.name]["seconds"].append(timed(partial(variant.step, batch, device), device))
+            measured[variant.name]["seconds"].append(timed(partial(variant.step, variant.prepare(batch)), device))
     return measured
 
 
-def step_bytes(variant: Variant, batch: list[Row], device: torch.device) -> int:
+def compile_steps(variant: Variant, batch: GlobalBatch, choice: str) -> None:
+    """Compile what training compiles, by the same rule; the released code is not compiled.
+
+    Raises:
+        UserError: if compiling was asked for and fails.
+    """
+    if variant.released is not None or choice == "off" or (choice == "auto" and variant.device.type == "cpu"):
+        return
+    variant.model.base.compile_steps()
+    try:
+        variant.step(batch)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        if choice == "on":
+            raise UserError(f"--compile on: the compiler failed ({reason})") from error
+        progress(f"{variant.name}: not compiled, the compiler failed ({reason})")
+        variant.model.base.compile_steps(on=False)
+        for parameter in (*variant.trained, *variant.masters):
+            parameter.grad = None
+
+
+def step_bytes(variant: Variant, batch: GlobalBatch) -> int:
     """Most bytes of tensors that a step has allocated at any moment, beside what was there before it."""
-    if device.type == "cuda":
+    if variant.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        variant.step(batch, device)
+        variant.step(batch)
         return torch.cuda.max_memory_allocated() - before
 
     def work() -> None:
         with mark("step"):
             pass
-        variant.step(batch, device)
+        variant.step(batch)
 
     return track_cpu(work).peaks["step"]
 
 
-def counted(variant: Variant, batch: list[Row], device: torch.device) -> tuple[int, float]:
+def counted(variant: Variant, batch: GlobalBatch) -> tuple[int, float]:
     """(floating-point operations of a step's matrix products, its loss), counted by torch while it runs.
 
     The counter knows torch's own products only, so generated adapters are computed by the plain definition meanwhile.
     """
     with plain_adapters(variant.model), FlopCounterMode(display=False) as counter:
-        loss = variant.step(batch, device)
+        loss = float(variant.step(batch))
     return counter.get_total_flops(), loss
 
 
-def share_of_parts(variant: Variant, batch: list[Row], device: torch.device) -> dict[str, float]:
+def share_of_parts(variant: Variant, batch: list[Row]) -> dict[str, float]:
     """{part: share of a step's time}: encoder, decoder with head and loss, backward, optimizer."""
     spent = dict.fromkeys(("encoder_forward", "decoder_forward", "backward", "optimizer"), 0.0)
     box: dict[str, Any] = {}
 
     def run(part: str, function: Callable[[], Any]) -> Any:
-        spent[part] += timed(lambda: box.update(value=function()), device)
+        spent[part] += timed(lambda: box.update(value=function()), variant.device)
         return box["value"]
 
     def one_pass(tensors: dict[str, torch.Tensor]) -> None:
@@ -118,9 +145,10 @@ def share_of_parts(variant: Variant, batch: list[Row], device: torch.device) -> 
         encoded = run("encoder_forward", lambda: variant.encode(tensors["input_ids"], mask))
         loss = run("decoder_forward", lambda: variant.loss_of(encoded, mask, labels))
         run("backward", loss.backward)
+        variant.add_gradients()
 
-    for part in variant.micro_batches(batch):
-        one_pass({name: tensor.to(device) for name, tensor in collate(part, 0).items()})
+    for tensors in variant.on_device(variant.prepare(batch)):
+        one_pass(tensors)
     run("optimizer", variant.update)
     total = sum(spent.values())
     return {part: seconds / total for part, seconds in spent.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hdscale.bases.sizes import base_config
+from hdscale.bases import sizes
 from hdscale.config import Config
 from hdscale.modeling.model import build_model
 from hdscale.modeling.parameters import ParameterCount, count_parameters
@@ -18,7 +18,7 @@ Sides = dict[str, tuple[str, int]]
 
 def architecture(config: Config) -> Architecture:
     """The base's shape, from its configuration alone."""
-    base = base_config(config.model)
+    base = sizes.architecture(config.model)
     dropout = base.dropout_rate if config.model.dropout is None else config.model.dropout
     return Architecture(
         base.d_model,

@@ -225,3 +225,9 @@ def test_devices_are_found_by_short_and_by_long_names():
     assert match_device("AMD EPYC 9654") is None
     with pytest.raises(UserError, match="unknown"):
         find_device("tpu")
+
+
+def test_a_known_hub_id_is_planned_without_a_network(monkeypatch):
+    """As the README does on a login node. Fails where the hub is asked for the sizes of the paper's bases."""
+    monkeypatch.setattr("hdscale.bases.sizes.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
+    assert architecture(load_config(str(ROOT / "configs" / "glue_large.yaml"))).d_model == 1024

@@ -115,7 +115,8 @@ def test_every_verb_refuses_a_wrong_transformers(monkeypatch, capsys, verb):
     "command", [("-m", "hdscale", "train"), ("hdscale/train.py",)], ids=["hdscale train", "train.py"]
 )
 def test_training_refuses_an_old_deepspeed(tmp_path, command):
-    """Also as the deepspeed launcher and srun start it; before anything that takes long. Fails without the call in `commands/train.py`."""
+    """Also as the deepspeed launcher and srun start it, and before torch is imported. Fails without the call in
+    `commands/train.py`."""
     write_metadata(tmp_path, "deepspeed", "0.19.3")
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     done = run(tmp_path, *command, "--config", CONFIG)

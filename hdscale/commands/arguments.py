@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         self.check_options(args)
         found, more = super().parse_known_args(args, namespace)
         if more:
-            self.error(f"unrecognized: {' '.join(more)}")
+            self.error(f"unrecognized arguments: {' '.join(more)}")
         return found, more
 
     def check_options(self, args: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         # `--conf` must not mean `--config` today and something else once another option is added
         super().__init__(**{**arguments, "allow_abbrev": False})
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Look at the names of all options first: a misspelt one also makes another argument missing."""
         args = sys.argv[1:] if args is None else args
         self.check_options(args)
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Raise UserError for a value, such as a verb, that is none of those there are."""
         if action.choices is not None and value not in action.choices:
-            name = (action.option_strings or [action.metavar or action.dest])[-1]
+            name = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
             raise UserError(f"{self.place}unknown {name} {value}{nearest(value, map(str, action.choices))}")
 
     def error(self, message: str) -> NoReturn:

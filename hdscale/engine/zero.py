@@ -109,14 +109,20 @@ def link_states(optimizer: Any) -> None:
 
 
 def stop_waiting(optimizer: Any) -> None:
-    """Let an update of ZeRO-2 in bf16 wait for nothing that the device has yet to compute.
+    """Let an update of ZeRO-1 or 2 in bf16 wait for nothing that the device has yet to compute.
 
     DeepSpeed 0.19 reads the gradient on the host three times an update: to look for an overflow, to mask the norm, and
     to clip by it. Here the norm stays on the device, as the factor that clips does, and the caller checks whether
     the norm is finite. Other stages, offload and fp32 keep DeepSpeed's own way.
     """
+    from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+    if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
+        # functions of its module: nothing else calls them there
+        bf16_optimizer.get_global_norm_of_tensors = norm_on_device
+        bf16_optimizer.is_invalid_grad_norm = lambda norm: False
+        bf16_optimizer.clip_tensors_by_global_norm = clip_on_device
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload or optimizer.dtype != torch.bfloat16:
         return
 
@@ -142,6 +148,21 @@ def stop_waiting(optimizer: Any) -> None:
     optimizer.check_grad_overflow = False
     optimizer.scaled_global_norm = norm
     optimizer.unscale_and_clip_grads = clip
+
+
+def norm_on_device(input_tensors: list[torch.Tensor], mpu: Any = None, norm_type: float = 2) -> torch.Tensor:
+    """Norm of a whole gradient, a device scalar; every rank has the gradient. The names are DeepSpeed's."""
+    norms = [gradient.detach().float().norm(norm_type) for gradient in input_tensors]
+    return torch.stack(norms).pow(norm_type).sum().pow(1.0 / norm_type)
+
+
+def clip_on_device(
+    input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: Any = None
+) -> None:
+    """Scale a gradient so that its norm is at most `max_norm`. The names are DeepSpeed's."""
+    factor = torch.clamp(max_norm / (global_norm + 1e-6), max=1.0)
+    for gradient in input_tensors:
+        gradient.detach().mul_(factor)
 
 
 def reduce_in_one_order(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:

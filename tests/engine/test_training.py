@@ -174,10 +174,11 @@ def test_a_nan_stops_the_run(rank_pool, tmp_path, fault, stage):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
 
 
-def test_a_step_waits_for_nothing_on_the_device(rank_pool, tmp_path):
-    """Within a step of ZeRO-2 in bf16 the host reads no number (norm, clipping and overflow check included)."""
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_a_step_waits_for_nothing_on_the_device(rank_pool, tmp_path, stage):
+    """Within a step of ZeRO-1 or 2 in bf16 the host reads no number (norm, clipping and overflow check included)."""
     base = str(save_tiny_t5(tmp_path / "base", vocabulary=64))
-    for found in rank_pool(2).run("tests.helpers.engine_jobs:waits_of_a_step", {"base": base, **ZERO["zero2"]}):
+    for found in rank_pool(2).run("tests.helpers.engine_jobs:waits_of_a_step", {"base": base, **ZERO[stage]}):
         assert found["step"] == []
         # the ear hears: a number that is read afterwards is noticed
         assert found["after"]

@@ -147,8 +147,8 @@ class Engine:
         and micro-batches first, so that the gradient does not depend on how the batch was cut. Dropout is seeded by
         (seed, step, rank, micro-batch), so that a resumed run draws the same masks.
 
-        On a GPU this call only queues work (ZeRO-1 and 2 in bf16): the host continues with the next step while the device
-        computes, and reads the step's numbers when `result()` is asked for.
+        On a GPU this call only queues work (ZeRO-1 and 2 in bf16): the host continues with the next step while the
+        device computes, and reads the step's numbers when `result()` is asked for.
 
         Args:
             micro_batches: the same number on every rank (ZeRO reduces gradients at each backward pass): see

@@ -13,7 +13,7 @@ import torch
 
 from hdscale.doctor.nodes.clocks import clock_faults, clock_offsets
 from hdscale.doctor.nodes.facts import GIB, Facts, differences, gpu_faults, node_name, nodes_of, own_facts
-from hdscale.doctor.nodes.network import measure, slow_nodes
+from hdscale.doctor.nodes.network import Speed, measure, slow_nodes
 from hdscale.doctor.nodes.report import Report, about_clocks, about_folder, about_network, about_nodes
 from hdscale.doctor.nodes.shared_folder import PATIENCE, Folder, Probe, folder_faults
 from hdscale.engine.ranks import Ranks, choose_device
@@ -88,7 +88,7 @@ def examine(
     ):
         measure_network(ranks, report)
     say(about_network(report.backend, [*report.within, *([report.across] if report.across else [])]))
-    return report
+    return ranks.broadcast_object(report)
 
 
 def judge_folder(report: Report, folder: Folder, first: str) -> None:
@@ -118,23 +118,22 @@ def measure_network(ranks: Ranks, report: Report) -> None:
     free = min(one.gpu_free if on_gpus else one.memory / len(nodes[one.node]) for one in report.facts)
     most_bytes = SHARE_OF_MEMORY * free * GIB
 
-    members = [one.rank for one in nodes[mine.node]]
-    found = ranks.gather_objects(measure(mine.node, members, ranks.rank, device, most_bytes))
-    report.within = [speed for speed in (found[processes[0].rank] for processes in nodes.values()) if speed is not None]
-    failed = [(one.node, speed.fault) for one, speed in zip(report.facts, found, strict=True) if speed and speed.fault]
-    take_faults(report, [f"{node}: all-reduce within the node: {fault}" for node, fault in failed])
+    within = {node: [one.rank for one in processes] for node, processes in nodes.items()}
+    found = ranks.gather_objects(measure(within, ranks.rank, device, most_bytes))
+    report.within = [speed for speed in (found[members[0]] for members in within.values()) if speed]
+    take_faults(report, found, "within the node")
     if on_gpus:
         report.problems += slow_nodes(report.within)
     if len(nodes) > 1:
-        everyone = list(range(ranks.world_size))
-        found = ranks.gather_objects(measure(ALL_NODES, everyone, ranks.rank, device, most_bytes))
+        across = {ALL_NODES: list(range(ranks.world_size))}
+        found = ranks.gather_objects(measure(across, ranks.rank, device, most_bytes))
         report.across = found[0]
-        failed = [
-            (one.node, speed.fault) for one, speed in zip(report.facts, found, strict=True) if speed and speed.fault
-        ]
-        take_faults(report, [f"{node}: all-reduce across nodes: {fault}" for node, fault in failed])
+        take_faults(report, found, "across nodes")
 
 
-def take_faults(report: Report, faults: Sequence[str]) -> None:
-    """Take over problems, each once."""
-    report.problems += [fault for fault in dict.fromkeys(faults) if fault not in report.problems]
+def take_faults(report: Report, found: Sequence[Speed | None], where: str) -> None:
+    """Take over what has failed, once for each node."""
+    for one, speed in zip(report.facts, found, strict=True):
+        problem = f"{one.node}: all-reduce {where}: {speed.fault}" if speed and speed.fault else ""
+        if problem and problem not in report.problems:
+            report.problems.append(problem)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -46,32 +46,36 @@ class Speed:
         return max(self.bandwidths.values(), default=0.0)
 
 
-def measure(where: str, members: Sequence[int], rank: int, device: torch.device, most_bytes: float) -> Speed | None:
-    """All-reduce among some processes. To be called by every process, with its own group of members.
+def measure(groups: Mapping[str, Sequence[int]], rank: int, device: torch.device, most_bytes: float) -> Speed | None:
+    """All-reduce in several groups of processes at the same time. To be called by every process.
 
     Args:
-        where: the group's name.
-        members: ranks of this process's group, this one among them.
+        groups: name of each group to its ranks; no process is in two of them.
+        rank: of this process.
         device: CPU (gloo) or this process's GPU (NCCL).
         most_bytes: that may be taken for one tensor.
 
     Returns:
-        The speed on the first of the members; elsewhere only what has failed, or None.
+        What this process has measured in its group; a group of one has nothing to measure.
     """
-    speed = Speed(where, len(members))
-    if len(members) > 1:
-        try:
-            if device.type == "cuda":
-                # what fails raises after `TIMEOUT`, instead of ending the process
-                os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            # only the members take part, so that each node can make its own group at the same time
-            group = dist.new_group(list(members), timeout=TIMEOUT, backend=backend, use_local_synchronization=True)
-            sizes = [size for size in (GPU_SIZES if device.type == "cuda" else CPU_SIZES) if size <= most_bytes]
-            run_sizes(speed, sizes, members.index(rank), device, group)
-        except (RuntimeError, ValueError) as error:
-            speed.fault = one_line(error)[:300]
-    return speed if rank == members[0] or speed.fault else None
+    found = None
+    if device.type == "cuda":
+        # what fails raises after `TIMEOUT`, instead of ending the process
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    backend, sizes = ("nccl", GPU_SIZES) if device.type == "cuda" else ("gloo", CPU_SIZES)
+    # each process makes all groups: torch tells them apart by how many were made before
+    made = {name: dist.new_group(list(members), timeout=TIMEOUT, backend=backend) for name, members in groups.items()}
+    for name, members in groups.items():
+        if rank not in members:
+            continue
+        found = Speed(name, len(members))
+        if len(members) > 1:
+            try:
+                fitting = [size for size in sizes if size <= most_bytes]
+                run_sizes(found, fitting, members.index(rank), device, made[name])
+            except RuntimeError as error:
+                found.fault = one_line(error)[:300]
+    return found
 
 
 def run_sizes(speed: Speed, sizes: Sequence[int], index: int, device: torch.device, group: dist.ProcessGroup) -> None:

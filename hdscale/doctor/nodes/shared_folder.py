@@ -15,7 +15,7 @@ import filelock
 
 from hdscale.engine.ranks import Ranks
 from hdscale.errors import one_line
-from hdscale.files import atomic_writer, locked
+from hdscale.files import locked, write_text
 
 MIB = 2**20
 FILE_MIB = 64
@@ -77,7 +77,7 @@ class Probe:
     Args:
         ranks: all processes.
         leaders: the first process of each node.
-        path: the folder.
+        path: the folder, as this process finds it.
         patience: seconds to wait for another node's file.
     """
 
@@ -93,11 +93,12 @@ class Probe:
             title: of the folder. names: of the leaders' nodes.
         """
         folder = Folder(title, str(self.path))
-        place = self.ranks.broadcast_object(self.made() if self.ranks.is_main else None)
-        assert place is not None
-        work, folder.fault, folder.free = Path(place[0]), place[1], place[2]
+        name, folder.fault, folder.free = self.ranks.broadcast_object(
+            self.made() if self.ranks.is_main else ("", "", 0.0)
+        )
         if folder.fault:
             return folder
+        work = self.path / name
         try:
             for step in (self.look, self.write, self.read):
                 self.on_leader(step, work)
@@ -111,13 +112,12 @@ class Probe:
         return folder
 
     def made(self) -> tuple[str, str, float]:
-        """On the first node: the check's own folder, what is wrong, and the free space in GiB."""
+        """On the first node: the name of the check's own folder, what is wrong, and the free space in GiB."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            work = tempfile.mkdtemp(prefix=".hdscale-doctor-", dir=self.path)
-            with atomic_writer(Path(work) / "first", durable=True) as stream:
-                stream.write(work)
-            return work, "", shutil.disk_usage(work).free / 2**30
+            work = Path(tempfile.mkdtemp(prefix=".hdscale-doctor-", dir=self.path))
+            write_text(work / "first", work.name, durable=True)
+            return work.name, "", shutil.disk_usage(work).free / 2**30
         except OSError as error:
             return "", f"cannot write there ({error.strerror or error})", 0.0
 
@@ -135,7 +135,7 @@ class Probe:
         began = time.monotonic()
         while time.monotonic() - began <= self.patience:
             with contextlib.suppress(FileNotFoundError):
-                if (work / "first").read_text() == str(work):
+                if (work / "first").read_text() == work.name:
                     self.view.seen = time.monotonic() - began
                     return
             time.sleep(0.1)
@@ -152,8 +152,7 @@ class Probe:
         self.view.write = FILE_MIB * MIB / 1e6 / (time.perf_counter() - began)
         began = time.perf_counter()
         for index in range(SMALL_FILES):
-            with atomic_writer(work / f"small.{self.ranks.rank}.{index}") as text:
-                text.write(f"{index}\n")
+            write_text(work / f"small.{self.ranks.rank}.{index}", f"{index}\n")
         self.view.rename = (time.perf_counter() - began) / SMALL_FILES * 1e3
         began = time.perf_counter()
         for _ in range(SMALL_FILES):
@@ -163,17 +162,15 @@ class Probe:
 
     def read(self, work: Path) -> None:
         """The large file of the next node."""
-        others = self.leaders[self.leaders.index(self.ranks.rank) + 1 :] + self.leaders
-        path, read = work / f"large.{others[0]}", 0
+        after = self.leaders.index(self.ranks.rank) + 1
+        path, read = work / f"large.{self.leaders[after % len(self.leaders)]}", 0
         began = time.perf_counter()
-        # a node that does not see the folder has written none
-        if not path.exists() and len(self.leaders) > 2:
-            path = work / f"large.{self.ranks.rank}"
+        # a node that does not see the folder has not written its file
         with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
             while piece := stream.read(MIB):
                 read += len(piece)
         if read not in (0, FILE_MIB * MIB):
-            raise OSError(f"{path.name} has {read} bytes here, not {FILE_MIB * MIB}")
+            raise OSError(f"a file that another node has written has {read} bytes here, not {FILE_MIB * MIB}")
         self.view.read = read / 1e6 / (time.perf_counter() - began)
 
     @contextlib.contextmanager

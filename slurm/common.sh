@@ -23,14 +23,25 @@ hdscale_run() {
   hdscale_end $? --config "$config" "${arguments[@]}"
 }
 
-# a rank that cannot start is named by the others, so they are not ended with it
 hdscale_doctor() {
   local launch python
   cd "$hdscale_root" || exit 2
   hdscale_find_launch
-  "${launch[@]}" --kill-on-bad-exit=0 "${python[@]}" -m hdscale doctor --nodes "$@" &
-  hdscale_wait $!
-  exit $?
+  # a rank that cannot start is named by the others, so they are not ended with it
+  "${launch[@]}" --kill-on-bad-exit=0 "${python[@]}" -m hdscale doctor --nodes "$@" 2>&1 | hdscale_verdict_last
+  exit "${PIPESTATUS[0]}"
+}
+
+# passes lines on, the verdict after all others: srun has its own last words
+hdscale_verdict_last() {
+  local line verdict="not ready: the ranks gave no verdict; the lines above say why"
+  while IFS= read -r line; do
+    case $line in
+      "ready: "* | "not ready: "*) verdict=$line ;;
+      *) printf '%s\n' "$line" ;;
+    esac
+  done
+  printf '%s\n' "$verdict"
 }
 
 # sets its caller's arrays launch (srun with one rank per GPU) and python, and hdscale_python for the batch shell

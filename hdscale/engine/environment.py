@@ -150,11 +150,17 @@ def tasks_per_node(environ: Mapping[str, str]) -> list[int]:
 
 
 def nodes_of_ranks(environ: Mapping[str, str], hosts: Sequence[str]) -> tuple[str, ...]:
-    """Each task's node, where SLURM gave them out node by node, as it does unless told otherwise; empty elsewhere."""
+    """Each task's node: SLURM fills one after the other (block), or deals tasks out in turn (cyclic, its way with a
+    task per node); empty for any other distribution."""
     counts = tasks_per_node(environ)
-    if len(counts) != len(hosts) or not environ.get("SLURM_DISTRIBUTION", "block").startswith("block"):
+    # block:cyclic and the like say how a node's own sockets are filled
+    way = environ.get("SLURM_DISTRIBUTION", "block").split(":")[0].split(",")[0]
+    if len(counts) != len(hosts) or way not in ("block", "cyclic"):
         return ()
-    return tuple(host for host, tasks in zip(hosts, counts, strict=True) for _ in range(tasks))
+    nodes = [(turn, host) for host, tasks in zip(hosts, counts, strict=True) for turn in range(tasks)]
+    if way == "cyclic":
+        nodes.sort(key=lambda one: one[0])  # stable: within a turn in the order of nodes
+    return tuple(host for _, host in nodes)
 
 
 def number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

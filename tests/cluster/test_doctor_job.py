@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.places import ROOT
-from tests.helpers.slurm_cluster.cluster import SlurmCluster
+from tests.helpers.slurm_cluster.cluster import SlurmCluster, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -40,10 +40,14 @@ class Job:
         python.chmod(0o755)
         env = self.slurm.env | {"PATH": f"{folder}:{self.slurm.env['PATH']}"}
         done = self.slurm.run(
-            "sbatch", "--wait", *TWO_NODES, "--nodelist=n1,n2", f"--output={log}", "slurm/doctor.sh",
+            "sbatch", "--parsable", *TWO_NODES, "--nodelist=n1,n2", f"--output={log}", "slurm/doctor.sh",
             f"run.dir={self.runs}", f"data.cache={self.place / 'cache'}", *settings, cwd=ROOT, env=env,
         )  # fmt: skip
-        return done.returncode, log.read_text()
+        assert done.returncode == 0, done.stderr
+        job = done.stdout.strip()
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        wait_until(lambda: self.slurm.field(job, "JobState") in ended, 200, f"{name} does not end", every=0.5)
+        return int(self.slurm.field(job, "ExitCode").split(":")[0]), log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +92,14 @@ def test_a_node_with_another_version_another_time_and_without_the_folder(job: Jo
 def test_a_node_that_does_not_start_is_named(job: Job) -> None:
     code, text = job("absent", "exit 127", "cluster.rendezvous_timeout=20")
     assert code == 127
-    assert re.search(r"^not ready: after 20 s at n1:\d+, rank 1 of 2 is missing \(on n2\)$", text, re.MULTILINE), text
+    assert re.fullmatch(r"not ready: after 20 s at n1:\d+, rank 1 of 2 is missing \(on n2\)", last_line(text)), text
 
 
 def test_a_mistake_is_one_line(job: Job) -> None:
     code, text = job("mistake", "", "run.dri=x")
     assert code == 2
     assert text.count("hdscale: error: ") == 1 and "did you mean 'run.dir'?" in text
+    assert last_line(text).startswith("not ready: ")
 
 
 def test_the_script_as_it_is(slurm: SlurmCluster) -> None:

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hdscale.doctor.nodes import network
+from hdscale.doctor.nodes import network, shared_folder
 from hdscale.doctor.nodes.examination import Place, examine
 from hdscale.doctor.nodes.facts import own_facts
-from hdscale.doctor.nodes.shared_folder import Probe
 
 
 def examined(
@@ -39,7 +38,7 @@ def examined(
         size_of = network.run_sizes
         network.run_sizes = lambda speed, sizes, index, *rest: size_of(speed, sizes, index + 1, *rest)
     if ranks.rank == no_locks:
-        Probe.try_lock = lambda probe, work: None
+        shared_folder.locked = lambda path, timeout=-1: contextlib.nullcontext()
     offset = ahead[ranks.rank] if ahead else 0.0
     place = Place(name, lambda: time.time() + offset, patience=1.0)
     said: list[str] = []

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import parse_args as torchrun_arguments
 
 from hdscale.commands import cli
 from hdscale.config import load_config
@@ -62,6 +63,11 @@ def test_command_is_one_that_exists(page: str, command: str, monkeypatch: pytest
         assert words[1] in targets
     elif words[0] == "deepspeed":
         assert words[1:3] == ["hdscale/train.py", "--config"] or "hdscale/train.py" in words
+    elif words[0] == "torchrun":
+        arguments = torchrun_arguments(words[1:])
+        assert arguments.training_script in ("hdscale", "hdscale/train.py")
+        if arguments.module:
+            assert callable(cli.parse(arguments.training_script_args).run)
     else:
         assert words[0] in ("sbatch", "bash", "srun", "pip", "python", "git", "cat"), command
 

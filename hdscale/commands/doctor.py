@@ -1,15 +1,22 @@
-"""`hdscale doctor`: report which backends work on this machine, build the C++ and CUDA kernels, examine the GPUs."""
+"""`hdscale doctor`: report which backends work here, build the kernels, examine the GPUs, examine several nodes."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
+import os
 import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from hdscale.bench.report import command as command_line
+from hdscale.commands.arguments import add_config_arguments
+from hdscale.config import load_config
 from hdscale.doctor.backends import Findings, examine
 from hdscale.doctor.engine import examine as examine_engine
 from hdscale.doctor.gpu.examination import examine as examine_gpus
@@ -17,7 +24,15 @@ from hdscale.doctor.gpu.lines import FAILED, Line
 from hdscale.doctor.gpu.report import JSON, MARKDOWN, default_folder, healthy, verdict
 from hdscale.doctor.gpu.runner import Result, find_gpus, within
 from hdscale.doctor.gpu.stages import STAGES, Stage, choose
-from hdscale.errors import EXIT_BROKEN, EXIT_DONE, UserError
+from hdscale.doctor.nodes.examination import CACHE_FOLDER, RUN_FOLDER
+from hdscale.doctor.nodes.examination import examine as examine_nodes
+from hdscale.doctor.nodes.report import not_ready
+from hdscale.engine.environment import read_environment, set_interface
+from hdscale.engine.ranks import Ranks
+from hdscale.engine.rendezvous import RendezvousError
+from hdscale.errors import EXIT_BROKEN, EXIT_DONE, EXIT_USER_ERROR, UserError
+from hdscale.errors import report as show_error
+from hdscale.files import cache_folder
 
 SHOWN = 8
 """Lines of stderr that are printed; the report has more."""
@@ -54,14 +69,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, metavar="X", help="of --gpu, all stages together: their limits are scaled to it"
     )
+    parser.add_argument(
+        "--nodes",
+        action="store_true",
+        help="examine the nodes of all processes that are started together, one per GPU (sbatch slurm/doctor.sh): "
+        "GPUs, versions, clocks, file system, all-reduce; --config and key=value say which folders and network",
+    )
+    add_config_arguments(parser, required=False)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.gpu:
+    if not args.nodes and (args.config or args.overrides):
+        raise UserError(f"{args.config or args.overrides[0]} belongs to --nodes: hdscale doctor --nodes")
+    if args.gpu and not args.nodes:
         return run_gpu(args)
     for option in ("out", "stages", "minutes"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option} belongs to --gpu: hdscale doctor --gpu --{option} {getattr(args, option)}")
+    if args.nodes:
+        return run_nodes(args)
     if args.engine:
         return run_engine(args.json)
     findings = examine(args.build, args.rebuild)
@@ -108,6 +134,68 @@ def run_engine(as_json: bool) -> int:
     if as_json:
         print(json.dumps([asdict(line) for line in found], indent=2))
     return EXIT_BROKEN if any(line.state == FAILED for line in found) else EXIT_DONE
+
+
+def run_nodes(args: argparse.Namespace) -> int:
+    """One process's part in the examination of several nodes; rank 0 prints, and the verdict is the last line."""
+    for option in ("gpu", "engine", "build", "rebuild"):
+        if getattr(args, option):
+            raise UserError(f"--nodes and --{option} are two examinations: run one after the other")
+    ranks, rank = None, 0
+    try:
+        launch = read_environment(os.environ)
+        rank = launch.rank
+        config = load_config(args.config, args.overrides)
+        set_interface(config.cluster.interface)
+        folders = {RUN_FOLDER: Path(config.run.dir).resolve(), CACHE_FOLDER: cache_folder(config.data.cache).resolve()}
+        # on the CPUs, which must work: what is wrong with a GPU is to be found, not to be stumbled over
+        seconds = config.cluster.rendezvous_timeout
+        ranks = Ranks.start(launch, config.run.threads, device="cpu", rendezvous_seconds=seconds)
+
+        def say(lines: Sequence[str]) -> None:
+            if lines and ranks.is_main and not args.json:
+                print("\n".join(lines), flush=True)
+
+        say(
+            [str(launch)] if launch.world_size > 1 else [f"{launch} (start one per GPU, on all nodes, to compare them)"]
+        )
+        report = examine_nodes(ranks, folders, say, functools.partial(ended_after, show=ranks.is_main))
+        say([*[f"note: {note}" for note in report.notes], report.verdict])
+        if ranks.is_main and args.json:
+            print(json.dumps({**asdict(report), "ready": report.ready, "verdict": report.verdict}, indent=2))
+        return EXIT_DONE if report.ready else EXIT_BROKEN
+    except UserError as error:
+        show_error(error, show=rank == 0)
+        return EXIT_USER_ERROR
+    except RendezvousError as error:
+        if rank == 0 or not error.shared:
+            print(not_ready([str(error)]), flush=True)
+        return EXIT_BROKEN
+    finally:
+        if ranks is not None:
+            ranks.close()
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float, what: str, show: bool) -> Iterator[None]:
+    """End the process with a verdict if a block takes longer: what hangs in a driver or in a file system stays there.
+
+    Args:
+        show: print the verdict.
+    """
+
+    def leave() -> None:
+        if show:
+            print(not_ready([f"no answer within {seconds:.0f} s while {what}"]), flush=True)
+        os._exit(EXIT_BROKEN)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Progress:

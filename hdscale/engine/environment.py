@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 from hdscale.errors import UserError
@@ -39,6 +39,7 @@ class Launch:
         local_rank, local_world_size: number of this rank on its node (its GPU), and of the ranks there.
         master_addr, master_port: where rank 0 listens; port 0: any free one (a single process).
         job: what started it, for the log; such as "job 123 step 0, restart 2".
+        nodes: the node of each rank, where that is known.
     """
 
     launcher: str
@@ -49,6 +50,7 @@ class Launch:
     master_port: int = 0
     local_world_size: int = 1
     job: str = ""
+    nodes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         job = f" {self.job}" if self.job else ""
@@ -117,6 +119,7 @@ def from_slurm(environ: Mapping[str, str]) -> Launch:
     """
     job, step = number(environ, "SLURM_JOB_ID"), number(environ, "SLURM_STEP_ID")
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    hosts = host_names(nodes)
     restarts = environ.get("SLURM_RESTART_COUNT", "0")
     return Launch(
         "slurm",
@@ -124,19 +127,40 @@ def from_slurm(environ: Mapping[str, str]) -> Launch:
         world_size=number(environ, "SLURM_STEP_NUM_TASKS", number(environ, "SLURM_NTASKS", 1)),
         local_rank=number(environ, "SLURM_LOCALID"),
         local_world_size=tasks_of_node(environ),
-        master_addr=environ.get("HDSCALE_MASTER_ADDR") or (host_names(nodes) or ["127.0.0.1"])[0],
+        master_addr=environ.get("HDSCALE_MASTER_ADDR") or (hosts or ["127.0.0.1"])[0],
         master_port=number(environ, "HDSCALE_MASTER_PORT", port_of_job(job, step)),
         job=f"job {job} step {step}" + (f", restart {restarts}" if restarts != "0" else "") + f" on {nodes}",
+        nodes=nodes_of_ranks(environ, hosts),
     )
 
 
 def tasks_of_node(environ: Mapping[str, str]) -> int:
-    """This node's number of tasks, from SLURM's list by node, such as `8(x3),4`."""
+    """This node's number of tasks."""
+    counts = tasks_per_node(environ)
+    node = number(environ, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else 1
+
+
+def tasks_per_node(environ: Mapping[str, str]) -> list[int]:
+    """Each node's number of tasks, from SLURM's list by node, such as `8(x3),4`."""
     counts: list[int] = []
     for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [int(tasks)] * int(times or 1)
-    node = number(environ, "SLURM_NODEID", 0)
-    return counts[node] if node < len(counts) else 1
+    return counts
+
+
+def nodes_of_ranks(environ: Mapping[str, str], hosts: Sequence[str]) -> tuple[str, ...]:
+    """Each task's node: SLURM fills one after the other (block), or deals tasks out in turn (cyclic, its way with a
+    task per node); empty for any other distribution."""
+    counts = tasks_per_node(environ)
+    # block:cyclic and the like say how a node's own sockets are filled
+    way = environ.get("SLURM_DISTRIBUTION", "block").split(":")[0].split(",")[0]
+    if len(counts) != len(hosts) or way not in ("block", "cyclic"):
+        return ()
+    nodes = [(turn, host) for host, tasks in zip(hosts, counts, strict=True) for turn in range(tasks)]
+    if way == "cyclic":
+        nodes.sort(key=lambda one: one[0])  # stable: within a turn in the order of nodes
+    return tuple(host for _, host in nodes)
 
 
 def number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -16,10 +17,18 @@ GRACE_SECONDS = 5
 
 
 class RendezvousError(RuntimeError):
-    """The ranks did not come together. Not the user's mistake as a rule: a job is requeued for it."""
+    """The ranks did not come together. Not the user's mistake as a rule: a job is requeued for it.
+
+    Attributes:
+        shared: whether every rank that came raises this very error.
+    """
+
+    def __init__(self, message: str, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
 
 
-def meet(launch: Launch, seconds: float) -> dist.TCPStore:
+def meet(launch: Launch, seconds: float) -> dist.Store:
     """Wait for every rank of a launch with more than one.
 
     torch's own rendezvous tells each rank only that its time is up. Here each rank signs in at rank 0, which
@@ -38,7 +47,7 @@ def meet(launch: Launch, seconds: float) -> dist.TCPStore:
     end = time.monotonic() + seconds
     place = f"{launch.master_addr}:{launch.master_port}"
     try:
-        store = dist.TCPStore(
+        server = dist.TCPStore(
             launch.master_addr,
             launch.master_port,
             # torchrun's agent may be listening there already
@@ -57,16 +66,19 @@ def meet(launch: Launch, seconds: float) -> dist.TCPStore:
             f"{seconds:g} s ({detail}); rank 0 is missing, or cluster.interface / HDSCALE_MASTER_ADDR must "
             "name another network"
         ) from error
+    # torchrun's store outlives ranks that it starts again: what the earlier ones left there is not for these
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"hdscale/attempt/{attempt}", server)
     ours = token(launch)
     if launch.rank == 0:
         store.set("hdscale/run", ours)
         store.set(key(0), ours)
         missing = wait_for_ranks(store, launch.world_size, end)
-        verdict = f"after {seconds:g} s at {place}, {describe(missing, launch.world_size)}" if missing else ""
+        verdict = f"after {seconds:g} s at {place}, {describe(missing, launch)}" if missing else ""
         store.set("hdscale/verdict", verdict)
         if verdict:
             time.sleep(GRACE_SECONDS)  # the store lives in this process: let the others read
-            raise RendezvousError(verdict)
+            raise RendezvousError(verdict, shared=True)
         return store
     try:
         store.wait(["hdscale/run"], timedelta(seconds=max(1.0, end - time.monotonic())))
@@ -81,7 +93,7 @@ def meet(launch: Launch, seconds: float) -> dist.TCPStore:
             raise
         raise RendezvousError(f"rank 0 at {place} has left before all ranks were there; see its log") from error
     if verdict:
-        raise RendezvousError(verdict)
+        raise RendezvousError(verdict, shared=True)
     return store
 
 
@@ -120,9 +132,16 @@ def wait_for_ranks(store: dist.Store, world_size: int, end: float) -> list[int]:
     return missing
 
 
-def describe(missing: list[int], world_size: int) -> str:
-    """`ranks 3, 5 of 8 are missing`."""
+def describe(missing: list[int], launch: Launch) -> str:
+    """`ranks 3, 5 of 8 are missing (on gpu02)`."""
+    nodes = dict.fromkeys(launch.nodes[rank] for rank in missing) if launch.nodes else {}
+    where = f" (on {listed(nodes)})" if nodes else ""
     if len(missing) == 1:
-        return f"rank {missing[0]} of {world_size} is missing"
-    shown = ", ".join(map(str, missing[:32])) + (f" and {len(missing) - 32} more" if len(missing) > 32 else "")
-    return f"ranks {shown} of {world_size} are missing"
+        return f"rank {missing[0]} of {launch.world_size} is missing{where}"
+    return f"ranks {listed(missing)} of {launch.world_size} are missing{where}"
+
+
+def listed(things: Iterable[object]) -> str:
+    """The first 32, separated by commas, and how many more there are."""
+    words = [str(thing) for thing in things]
+    return ", ".join(words[:32]) + (f" and {len(words) - 32} more" if len(words) > 32 else "")

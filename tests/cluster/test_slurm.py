@@ -13,8 +13,7 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from hdscale.engine.checkpoint import find_fault
 from hdscale.modeling import build_model
 from hdscale.resolve import resolve_model
 from tests.helpers.places import HUB, ROOT, T5_TOKENIZER, needs_real_text
-from tests.helpers.slurm_cluster.cluster import ClusterUnavailable, SlurmCluster, free_ports, wait_until
+from tests.helpers.slurm_cluster.cluster import SlurmCluster, free_ports, wait_until
 from tests.helpers.tiny import save_tiny_t5
 
 pytestmark = [pytest.mark.slow, needs_real_text]
@@ -51,28 +50,6 @@ TWO_NODES = [
 ]
 ON_CLUSTER = ["cluster.gpus_per_node=0", "cluster.cpus_per_task=1", "cluster.mem=3G", "cluster.time=30"]
 JOB_SECONDS = 400
-
-
-@pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
-    """A folder with a short name: munge's socket is in it."""
-    with tempfile.TemporaryDirectory(prefix="hds", dir="/tmp") as folder:
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
-def slurm(place: Path) -> Iterator[SlurmCluster]:
-    """The cluster: 4 nodes of 64 cores, 8 GPUs and 512 GB, as far as SLURM knows."""
-    cluster = SlurmCluster(place / "slurm")
-    try:
-        cluster.start()
-    except ClusterUnavailable as error:
-        cluster.stop()
-        pytest.skip(f"no SLURM: {error}")
-    variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    cluster.env |= variables | {"PATH": f"{Path(sys.executable).parent}:{cluster.env['PATH']}"}
-    yield cluster
-    cluster.stop()
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_without_a_gpu(monkeypatch, capfd):
     assert main(["doctor", "--gpu"]) == 2
     printed, said = capfd.readouterr()
     assert printed == "" and len(said.splitlines()) == 1
-    assert "no GPU is visible" in said and "sbatch slurm/doctor.sh" in said
+    assert "no GPU is visible" in said and "srun --gpus-per-node=1 hdscale doctor --gpu" in said
 
 
 @pytest.mark.parametrize(

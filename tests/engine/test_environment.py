@@ -6,6 +6,7 @@ import socket
 import threading
 
 import pytest
+import torch.distributed as dist
 
 from hdscale.engine import environment, rendezvous
 from hdscale.engine.environment import (
@@ -53,6 +54,22 @@ def test_slurm(no_scontrol: None) -> None:
     assert str(launch).startswith(
         "started by srun (SLURM) job 4711 step 0 on gpu[07-08]: rank 9 of 12, local rank 1 of 4"
     )
+
+
+@pytest.mark.parametrize(
+    ("distribution", "nodes"),
+    [
+        ({}, ("a", "a", "a", "b")),
+        ({"SLURM_DISTRIBUTION": "block:cyclic"}, ("a", "a", "a", "b")),
+        ({"SLURM_DISTRIBUTION": "cyclic"}, ("a", "b", "a", "a")),
+        ({"SLURM_DISTRIBUTION": "plane=2"}, ()),
+    ],
+)
+def test_slurm_and_the_nodes_of_all_ranks(
+    distribution: dict[str, str], nodes: tuple[str, ...], no_scontrol: None
+) -> None:
+    tasks = {"SLURM_STEP_NODELIST": "a,b", "SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURM_STEP_NUM_TASKS": "12"}
+    assert read_environment({**SLURM, **tasks, **distribution}).nodes == nodes
 
 
 def test_slurm_says_that_a_job_was_restarted(no_scontrol: None) -> None:
@@ -181,6 +198,25 @@ def test_missing_ranks_are_named_to_all(short_grace: None) -> None:
     port = free_port()
     answers = gather(ranks(5, [0, 2, 3], port), 2)
     assert answers == [f"after 2 s at 127.0.0.1:{port}, ranks 1, 4 of 5 are missing"] * 3
+
+
+def test_missing_ranks_are_named_with_their_nodes(short_grace: None) -> None:
+    port = free_port()
+    there = Launch("slurm", 0, 4, 0, "127.0.0.1", port, 1, "job 1", nodes=("n1", "n1", "n2", "n2"))
+    assert gather([there], 1) == [f"after 1 s at 127.0.0.1:{port}, ranks 1, 2, 3 of 4 are missing (on n1, n2)"]
+
+
+def test_ranks_that_torchrun_starts_again_meet_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent's store outlives them, and still has what the first ones said."""
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for attempt in (0, 1):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        launches = [Launch("torchrun", rank, 2, rank, "127.0.0.1", agent.port, 2) for rank in range(2)]
+        stores = gather(launches, 30)
+        assert not stores[0].check(["of the ranks"])  # type: ignore[attr-defined]
+        stores[1].set("of the ranks", "1")  # type: ignore[attr-defined]
+        assert stores[0].get("of the ranks") == b"1"  # type: ignore[attr-defined]
 
 
 def test_a_missing_rank_0_is_named() -> None:

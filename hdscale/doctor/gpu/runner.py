@@ -30,7 +30,7 @@ if not names:
         reason = " ".join(str(error).split())
 print(json.dumps([names, reason]))
 """
-ADVICE = "run it on a node with a GPU, or in a job: sbatch slurm/doctor.sh"
+ADVICE = "run it on a node with a GPU, or in a job: srun --gpus-per-node=1 hdscale doctor --gpu"
 
 Tick = Callable[[Stage, float, float], None]
 """Called while a stage runs: stage, seconds so far, limit."""

@@ -1,0 +1,1 @@
+"""`hdscale doctor --nodes`: what several nodes can do together."""

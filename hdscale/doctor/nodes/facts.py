@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from hdscale import __version__
+from hdscale.bases.gpu import prepare_cuda
 from hdscale.engine.devices import gpu_identity, prepare_cuda
 from hdscale.engine.environment import Launch
 from hdscale.engine.ranks import choose_device

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from hdscale import __version__
 from hdscale.bases.gpu import prepare_cuda
-from hdscale.engine.devices import gpu_identity, prepare_cuda
+from hdscale.engine.devices import gpu_identity
 from hdscale.engine.environment import Launch
 from hdscale.engine.ranks import choose_device
 from hdscale.errors import UserError, one_line

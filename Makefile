@@ -14,6 +14,7 @@ help:
 	@echo "make format        format the code and correct what ruff can correct"
 	@echo "make test          the fast tests (at most 10 minutes on two cores)"
 	@echo "make test-landing  slow tests that must pass before each merge"
+	@echo "make test-cuda     tests on simulated GPUs, under a CUDA build of torch in $(CUDA_VENV) (7 GB, made by make cuda-env)"
 	@echo "make test-newest   the fast tests of model, operator, engine and evaluation with the newest versions that"
 	@echo "                   pyproject.toml allows, in $(NEWEST_VENV); writes tests/last_newest_run.md"
 	@echo "make test-all      all tests (real SLURM, a browser, long drills); writes tests/last_full_run.md"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.places import ROOT
 from tests.helpers.slurm_cluster.cluster import SlurmCluster, wait_until
@@ -31,7 +32,7 @@ class Job:
         self.runs = place / "runs"
         self.runs.mkdir(exist_ok=True)
 
-    def __call__(self, name: str, planted: str = "", *settings: str) -> tuple[int, str]:
+    def __call__(self, name: str, planted: str = "", *settings: str, sbatch: tuple[str, ...] = ()) -> tuple[int, str]:
         """(exit code of the job, what it printed)."""
         log, folder = self.place / f"{name}.out", self.place / name
         folder.mkdir()
@@ -40,7 +41,7 @@ class Job:
         python.chmod(0o755)
         env = self.slurm.env | {"PATH": f"{folder}:{self.slurm.env['PATH']}"}
         done = self.slurm.run(
-            "sbatch", "--parsable", *TWO_NODES, "--nodelist=n1,n2", f"--output={log}", "slurm/doctor.sh",
+            "sbatch", "--parsable", *TWO_NODES, "--nodelist=n1,n2", *sbatch, f"--output={log}", "slurm/doctor.sh",
             f"run.dir={self.runs}", f"data.cache={self.place / 'cache'}", *settings, cwd=ROOT, env=env,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -93,6 +94,16 @@ def test_a_node_that_does_not_start_is_named(job: Job) -> None:
     code, text = job("absent", "exit 127", "cluster.rendezvous_timeout=20")
     assert code == 127
     assert re.fullmatch(r"not ready: after 20 s at n1:\d+, rank 1 of 2 is missing \(on n2\)", last_line(text)), text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPUs of this SLURM are pretended, and torch sees real ones")
+def test_gpus_that_torch_does_not_see(job: Job) -> None:
+    """A build of torch for CPUs on every node is no reason to be ready without GPUs."""
+    code, text = job("unseen", sbatch=("--gpus-per-node=1",))
+    assert code == 1
+    assert re.fullmatch(r"not ready: (n[12]: GPUs from SLURM: 1, seen by torch \S+: none(; )?){2}", last_line(text)), (
+        text
+    )
 
 
 def test_a_mistake_is_one_line(job: Job) -> None:

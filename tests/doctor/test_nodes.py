@@ -10,9 +10,10 @@ import pytest
 from hdscale.commands import doctor
 from hdscale.commands.cli import main
 from hdscale.doctor.nodes.clocks import clock_faults
-from hdscale.doctor.nodes.facts import Facts, code_of, differences, gpu_faults, node_name
+from hdscale.doctor.nodes.facts import Facts, code_of, differences, gpu_faults, node_name, own_gpu
 from hdscale.doctor.nodes.network import CPU_SIZES, Speed, slow_nodes
 from hdscale.doctor.nodes.report import Report
+from tests.helpers.pretended_gpus import pretend_gpus
 
 TITLES = ("run folder", "cache folder")
 
@@ -112,6 +113,14 @@ def test_gpus():
     ]
     [busy] = gpu_faults([*good, with_gpu("n2", 3, "b", free=60.0)])
     assert busy == "n2: of GPU 3 only 60.0 of 80.0 GiB are free; something else uses it"
+
+
+def test_gpus_that_slurm_gave_and_torch_does_not_see(monkeypatch):
+    pretend_gpus(monkeypatch)
+    assert own_gpu(0, {"SLURM_GPUS_ON_NODE": "0"}) == own_gpu(0, {}) == {}
+    fault = own_gpu(0, {"SLURM_GPUS_ON_NODE": "8"})["fault"]
+    assert gpu_faults([facts("n1", 0, fault=fault), facts("n1", 1, fault=fault)]) == [f"n1: {fault}"]
+    assert fault.startswith("GPUs from SLURM: 8, seen by torch ")
 
 
 def test_a_slow_node():

@@ -70,10 +70,13 @@ def own_facts(launch: Launch, node: str) -> Facts:
     return Facts(launch.rank, launch.local_rank, node, versions(), cores, memory, **own_gpu(launch.local_rank))
 
 
-def own_gpu(local_rank: int) -> dict[str, Any]:
+def own_gpu(local_rank: int, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """This process's GPU, or what keeps it from using one; empty on a node without GPUs."""
     if not torch.cuda.is_available():
-        return {}
+        given = environ.get("SLURM_GPUS_ON_NODE", "0")
+        if given in ("", "0"):
+            return {}
+        return {"fault": f"GPUs from SLURM: {given}, seen by torch {torch.__version__}: none"}
     prepare_cuda()
     try:
         device = choose_device("cuda", local_rank)
@@ -137,7 +140,7 @@ def differences(facts: Sequence[Facts]) -> list[str]:
 
 def gpu_faults(facts: Sequence[Facts]) -> list[str]:
     """One line for each node or GPU on which a run would fail or slow down all others."""
-    found = [f"{one.node}: {one.fault}" for one in facts if one.fault]
+    found = list(dict.fromkeys(f"{one.node}: {one.fault}" for one in facts if one.fault))
     if not any(one.gpu or one.fault for one in facts):
         return found
     for node, processes in nodes_of(facts).items():

@@ -47,13 +47,15 @@ def case(stage: str, dtype: str, fault: str, folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_gradients_pass_on_three_ranks(rank_pool, tmp_path, dtype):
-    """With dropout, at each stage. Fails if the check draws other dropout masks."""
+    """With dropout, at each stage. Fails if the check draws other dropout masks, or scales losses in another way."""
     arguments = {"cases": [case(stage, dtype, "none", tmp_path) for stage in STAGES]}
     found = rank_pool(3).run("tests.helpers.check_jobs:toys", arguments)
     for stage, line in zip(STAGES, found[0], strict=True):
         assert line.startswith("self-check: the gradient of step 1 is that of plain backward passes"), (stage, line)
         difference = float(re.search(r"largest difference (\S+) of", line)[1])
-        assert difference < (1e-6 if dtype == "fp32" else 3e-2), (stage, dtype, line)
+        # ZeRO-2 divides bf16 gradients by the three ranks before it sums them
+        rounded = dtype == "bf16" and stage in ("2", "offload")
+        assert difference < (1e-2 if rounded else 1e-6), (stage, dtype, line)
 
 
 @pytest.mark.parametrize("fault, named", [("micro-batch", None), ("rank", None), ("tensor", "shared")])

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from hdscale.doctor.gpu.lines import Line, Lines, Wrong, read_lines
+from hdscale.doctor.gpu.lines import Line, Lines, NotPossible, Wrong, read_lines
 from hdscale.doctor.gpu.runs import KINDS, QUICK, train
+from hdscale.engine.checks import SKIPPED
 
 MOST_RANKS = 8
 CPU_RANKS = 2
@@ -40,6 +41,8 @@ def examine(begin: Callable[[str], None], say: Callable[[Line], None]) -> list[L
                     told = run.log_lines("self-check")
                     if not told:
                         raise Wrong("the run's log says nothing of the self-check")
+                    if told[0].startswith(SKIPPED):
+                        raise NotPossible(told[0])
                     finding.say(told[0].removeprefix("self-check: "))
                 found += read_lines(path)[0]
                 say(found[-1])

@@ -265,10 +265,32 @@ def whole_weights(engine: Any) -> Iterator[None]:
         for parameter in engine.module.parameters():
             parameter.ds_active_sub_modules.clear()
         try:
-            yield
+            with without_leaf_reduction(engine):
+                yield
         finally:
             offload._register_deepspeed_module(offload.module)
     gather_persistent(engine)
+
+
+@contextlib.contextmanager
+def without_leaf_reduction(engine: Any) -> Iterator[None]:
+    """Backward passes reduce no gradients of the layers that stage 3 gathers whole.
+
+    DeepSpeed reduces these in a hook of the module, which `torch.autograd.grad` runs as well: a pass of one rank alone
+    would start collectives, or fail.
+    """
+    own = {handle.id for handle in engine.optimizer._leaf_module_hooks}
+    taken = [
+        (module._backward_hooks, identity, module._backward_hooks.pop(identity))
+        for module in engine.module.modules()
+        for identity in list(module._backward_hooks)
+        if identity in own
+    ]
+    try:
+        yield
+    finally:
+        for hooks, identity, hook in taken:
+            hooks[identity] = hook
 
 
 def gather_persistent(engine: Any) -> None:

@@ -26,15 +26,15 @@ def test_a_stage_on_two_real_ranks(monkeypatch, capsys):
 class Run:
     """A run that ends with an error, or whose log has no line of the check."""
 
-    def __init__(self, error: str | None) -> None:
-        self.error = error
+    def __init__(self, error: str | None, log: tuple[str, ...] = ()) -> None:
+        self.error, self.log = error, log
 
     def finish(self) -> None:
         if self.error:
             raise Wrong(self.error)
 
     def log_lines(self, word: str) -> list[str]:
-        return []
+        return [line for line in self.log if word in line]
 
 
 @pytest.mark.parametrize("error, said", [("the gradient is wrong", "the gradient is wrong"), (None, "says nothing")])
@@ -44,3 +44,12 @@ def test_what_fails_is_said(monkeypatch, capsys, error, said):
     assert main(["doctor", "--engine", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert len(found) == 8 and all(line["state"] == "failed" and said in line["detail"] for line in found)
+
+
+def test_what_was_not_compared_has_not_passed(monkeypatch, capsys):
+    """Nor has it failed."""
+    skipped = "self-check skipped: would need 90.0 GB more on each GPU"
+    monkeypatch.setattr(engine, "train", lambda *_, **__: Run(None, (skipped,)))
+    assert main(["doctor", "--engine", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 8 and {(line["state"], line["detail"]) for line in found} == {("not possible here", skipped)}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
+from hdscale import train as train_module
 from hdscale.engine import zero
 from hdscale.engine.checks import WrongGradient, compare_gradients, plain_gradient
 from hdscale.engine.deepspeed_engine import Engine
@@ -37,9 +40,9 @@ def drop_rank(engine: Engine) -> None:
     engine._deepspeed.backward = lambda loss, **given: backward(loss * 0 if last else loss, **given)
 
 
-def double_tensor(engine: Engine) -> None:
+def double_tensor(engine: Engine, name: str = FAULTY) -> None:
     """One tensor's gradient is counted twice."""
-    engine.parameters[FAULTY].register_hook(lambda gradient: gradient * 2)
+    engine.parameters[name].register_hook(lambda gradient: gradient * 2)
 
 
 FAULTS: dict[str, Callable[[Engine], None]] = {
@@ -84,6 +87,64 @@ def toys(ranks: Ranks, cases: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def methods(ranks: Ranks, base: str, configs: list[dict[str, Any]], cases: list[dict[str, Any]]) -> list[str]:
+    """For each method and each of the settings, what the check says of its first step without a fault."""
+    found = []
+    for method in configs:
+        for case in cases:
+            engine = adapted_engine(ranks, base, method, case)
+            found.append(told(engine, unlike))
+            engine.close()
+    return found
+
+
+def small_gradients(ranks: Ranks, base: str, method: dict[str, Any], case: dict[str, Any], names: list[str]) -> Any:
+    """The shares that some tensors have of the whole gradient, and what the check says when one of them is doubled."""
+    found = {}
+    for name in names:
+        engine = adapted_engine(ranks, base, method, case)
+        passes = [[partial(unlike, rank, index) for index in range(2)] for rank in range(ranks.world_size)]
+        tensors = plain_gradient(engine, passes).tensors
+        whole = sum(float(tensor.double().square().sum()) for tensor in tensors.values()) ** 0.5
+        share = float(tensors[name].double().norm()) / whole if ranks.is_main else 0.0
+        FAULTS["one"] = partial(double_tensor, name=name)
+        found[name] = ranks.broadcast_object(share), told(engine, unlike, "one")
+        engine.close()
+    return found
+
+
+def adapted_engine(ranks: Ranks, base: str, method: dict[str, Any], case: dict[str, Any]) -> Engine:
+    """A real model of a method on a tiny base."""
+    config = HyperdecoderConfig.from_dict(
+        {"model": {"name": base, "dropout": 0.1}, "method": method, "tasks": ["a", "b"]}
+    )
+    run = settings(global_batch_size=4 * ranks.world_size, **case)
+    dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
+    model = build_model(config, dtype, ranks.device, seed=0, trainable_dtype=torch.float32)
+    return toy_engine(model, run, ranks)
+
+
+def stopped_run(ranks: Ranks, config: str, overrides: list[str]) -> dict[str, Any]:
+    """`run` of a whole training with a doubled tensor: exit code, what a rank prints, and whether it took step 2."""
+    taken: list[int] = []
+    step_of, start_of = Engine.train_step, train_module.Ranks.start
+
+    def faulty(engine: Engine, *given: Any) -> Any:
+        taken.append(engine.step + 1)
+        double_tensor(engine, next(iter(engine.parameters)))
+        return step_of(engine, *given)
+
+    Engine.train_step = faulty
+    # these ranks have started already, and tell the test afterwards what they found
+    train_module.Ranks.start = lambda *_, **__: ranks
+    close, ranks.close = ranks.close, lambda: None
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        code = train_module.run(config, overrides)
+    Engine.train_step, train_module.Ranks.start, ranks.close = step_of, start_of, close
+    return {"code": code, "printed": printed.getvalue(), "steps": taken}
+
+
 def unlike(rank: int, index: int) -> dict[str, torch.Tensor]:
     """Few targets of a long source on even ranks, many targets of a short one on odd ranks."""
     return text_batch(torch.Generator().manual_seed(10 * index + rank), *((23, 2) if rank % 2 == 0 else (5, 7)))
@@ -94,10 +155,7 @@ def mixed_buckets(ranks: Ranks, base: str, method: dict[str, Any], orders: list[
     keep_order, found = zero.reduce_in_one_order, []
     for one_order in orders:
         zero.reduce_in_one_order = keep_order if one_order else lambda *_: None
-        config = HyperdecoderConfig.from_dict({"model": {"name": base}, "method": method, "tasks": ["a", "b"]})
-        run = settings(global_batch_size=4 * ranks.world_size, deepspeed="ds_configs/zero2_fp32.json")
-        model = build_model(config, torch.float32, ranks.device, seed=0, trainable_dtype=torch.float32)
-        engine = toy_engine(model, run, ranks)
+        engine = adapted_engine(ranks, base, method, {"deepspeed": "ds_configs/zero2_fp32.json"})
         found.append(told(engine, unlike))
         engine.close()
     return found

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export DS_ACCELERATOR ?= cpu
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install quickstart test test-landing test-all test-newest newest-tests lint format clean
+.PHONY: help install cuda-env quickstart test test-landing test-cuda test-all test-newest newest-tests lint format clean
 
 help:
 	@echo "make install       virtual environment in $(VENV) with hdscale and its test tools"
@@ -29,14 +29,29 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[test,tensorboard]'
 	touch $@
 
+# A CUDA build of torch, and nvcc; no GPU is needed. Python 3.11 is what the simulated GPUs were tried with.
+CUDA_VENV := .venv-cuda
+CUDA_PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo $(PYTHON))
+cuda-env: $(CUDA_VENV)/installed
+
+$(CUDA_VENV)/installed: pyproject.toml constraints-cuda.txt
+	$(CUDA_PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install -q --upgrade pip
+	$(CUDA_VENV)/bin/python -m pip install -q -c constraints-cuda.txt -e '.[test]' nvidia-cuda-nvcc nvidia-cuda-cccl
+	$(CUDA_VENV)/bin/python -m tests.simulated_gpu.toolkit
+	touch $@
+
 quickstart: install
 	$(BIN)/deepspeed --num_accelerators 2 hdscale/train.py --config configs/quickstart.yaml $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow and not cuda" $(ARGS)
 
 test-landing: install
 	$(BIN)/python -m pytest -q -m "slow and landing" $(ARGS)
+
+test-cuda: install
+	$(BIN)/python -m pytest -q -m "cuda and not slow" tests/simulated_gpu $(ARGS)
 
 test-all: install
 	$(BIN)/python -m pytest -q --record tests/last_full_run.md $(ARGS)
@@ -66,4 +81,4 @@ format: install
 	$(BIN)/ruff format $(CODE)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(CUDA_VENV) build runs

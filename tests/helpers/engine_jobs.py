@@ -60,9 +60,9 @@ class FaultyModel(ToyModel):
 
 
 def working_weights(engine: Engine) -> dict[str, torch.Tensor]:
-    """The weights that the forward pass uses, as float32."""
+    """The weights that the forward pass uses, as float32 on the CPU."""
     with engine.evaluating() as model:
-        return {name: tensor.detach().float().clone() for name, tensor in model.named_parameters()}
+        return {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in model.named_parameters()}
 
 
 def train(ranks: Ranks, variants: list[dict[str, Any]], steps: int, micro: int = BATCH) -> list[dict[str, Any]]:
@@ -255,7 +255,8 @@ def evaluate_unevenly(ranks: Ranks, **config: Any) -> dict[str, Any]:
     with engine.evaluating() as model:
         assert not model.training
         for step in range(1 + 2 * ranks.rank):
-            losses.append(model(**micro_batches(step, 0, 1, BATCH)[0])[0].item())
+            batch = {name: tensor.to(ranks.device) for name, tensor in micro_batches(step, 0, 1, BATCH)[0].items()}
+            losses.append(model(**batch)[0].item())
     whole = [parameter.numel() == parameter.ds_numel for parameter in persistent_of(engine)]
     after = engine.train_step(micro_batches(1, ranks.rank, ranks.world_size, 2)).result()
     return {"evaluation": losses[0], "loss": after.loss, "whole": whole}

@@ -10,11 +10,12 @@ LAUNCHES = {
     ("t5-v1_1-base", "adapter"): (1202, 290),
     ("t5-v1_1-base", "lora"): (1826, 434),
     ("t5-v1_1-base", "full_finetuning"): (1542, 278),
+    ("t5-v1_1-large", "hyperdecoder"): (2414, 614),
 }
 LESS = 0.95
 """Versions are pinned, so that any more is this project's doing; much less is a gain, and the bound is to follow it."""
 LENGTHS = list(range(505, 513))
-BYTES = 3.52e9
+BYTES = {"t5-v1_1-base": 3.52e9, "t5-v1_1-large": 8.95e9}
 """Of a hyperdecoder's pass over 16 rows of 512 and 64 tokens."""
 
 
@@ -36,11 +37,11 @@ def check_attention(found):
         assert kinds["attention, fused"] and kinds["attention, softmax of its own"] == softmax, (what, kinds)
 
 
-def check_lengths(found):
+def check_lengths(size, found):
     """A source of any length takes the memory of the aligned one."""
     taken = found["bytes"].values()
     assert max(taken) <= 1.02 * min(taken), found["bytes"]
-    assert max(taken) <= BYTES, f"{found['bytes']}: more than {BYTES:.3e}"
+    assert max(taken) <= BYTES[size], f"{found['bytes']}: more than {BYTES[size]:.3e}"
 
 
 def check_waits(found):
@@ -74,7 +75,7 @@ def test_the_kernel_that_attention_chooses(gpus, hyperdecoder):
 
 
 def test_a_source_of_any_length_takes_the_same_memory(hyperdecoder):
-    check_lengths(hyperdecoder)
+    check_lengths("t5-v1_1-base", hyperdecoder)
 
 
 def test_a_step_waits_for_one_event(hyperdecoder):
@@ -97,4 +98,4 @@ def test_a_planted_copy_of_the_mask(gpus):
     with pytest.raises(AssertionError, match="the bound is"):
         check_launches("t5-v1_1-base", "hyperdecoder", found)
     with pytest.raises(AssertionError, match="more than"):
-        check_lengths(found)
+        check_lengths("t5-v1_1-base", found)

@@ -282,7 +282,7 @@ def collectives(ranks: Ranks) -> dict[str, Any]:
         "any": ranks.any_true(ranks.rank == 1),
         "all": ranks.all_true(ranks.rank == 1),
         "max": ranks.max_int(ranks.rank * 3),
-        "sums": ranks.sum_(torch.tensor([1.0, ranks.rank + 0.5])).tolist(),
+        "sums": ranks.sum_(torch.tensor([1.0, ranks.rank + 0.5], device=ranks.device)).tolist(),
         "objects": ranks.gather_objects({"rank": ranks.rank}),
         "broadcast": ranks.broadcast_object(f"from {ranks.rank}"),
         "main": ranks.on_main(lambda: ranks.rank + 10),
@@ -351,8 +351,8 @@ def adapted_model(
             save_checkpoint(engine, place, {})
             with engine.evaluating() as evaluated:
                 for step in range(1 + ranks.rank):
-                    batch = text_batches(10 + step, ranks)[0]
-                    batch.pop("labels")
+                    tensors = text_batches(10 + step, ranks)[0].items()
+                    batch = {name: tensor.to(ranks.device) for name, tensor in tensors if name != "labels"}
                     decoded = evaluated.generate(**batch, max_new_tokens=3 + 2 * step)
             more = engine.train_step(text_batches(3, ranks)).result()
             load_newest_checkpoint(engine, place, Recorder())

@@ -1,6 +1,7 @@
 """Operators that only CUDA has, written with those that the host computes: attention, and the fused RMS norm.
 
-Installed where numbers are wanted (`--compute`). Each returns what CUDA's own returns: shapes, layouts, number types.
+Installed where numbers are wanted (`--compute`). Each takes the arguments of CUDA's own, and returns its shapes,
+layouts and number types.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def attend(
     return mixed.transpose(1, 2).contiguous(), scores.logsumexp(-1), seed
 
 
-def gradients(
+def gradients(  # noqa: PLR0913
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, seed: Tensor,
     dropout: float, causal: bool, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -86,7 +87,7 @@ def sdpa(
     return mixed.transpose(1, 2), sums, seed, torch.zeros_like(seed)
 
 
-def sdpa_backward(
+def sdpa_backward(  # noqa: PLR0913
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, out: Tensor, sums: Tensor,
     seed: Tensor, offset: Tensor, dropout: float, wanted: list[bool], causal: bool = False, *,
     scale: float | None = None,
@@ -105,7 +106,7 @@ def flash(
     return mixed.transpose(1, 2), sums, None, None, query.shape[2], key.shape[2], seed, torch.zeros_like(seed), None
 
 
-def flash_backward(
+def flash_backward(  # noqa: PLR0913
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, starts: Any, others: Any,
     longest: int, most: int, dropout: float, causal: bool, seed: Tensor, offset: Tensor, *, scale: float | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -113,7 +114,7 @@ def flash_backward(
     return gradients(grad, query, key, value, None, seed, dropout, causal, scale)[:3]
 
 
-def efficient(
+def efficient(  # noqa: PLR0913
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, starts: Any, others: Any, longest: Any, most: Any,
     dropout: float, mask_type: int, logsumexp: bool = False, *, scale: float | None = None, **other: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
@@ -123,7 +124,7 @@ def efficient(
     return mixed, sums, seed, torch.zeros_like(seed), query.shape[1], key.shape[1]
 
 
-def efficient_backward(
+def efficient_backward(  # noqa: PLR0913
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, out: Tensor, starts: Any, others: Any,
     longest: Any, most: Any, sums: Tensor, dropout: float, seed: Tensor, offset: Tensor, mask_type: int,
     bias_wanted: bool, *, scale: float | None = None, shared_storage_dqdkdv: bool = False, **other: Any,

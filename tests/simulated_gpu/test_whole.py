@@ -1,4 +1,4 @@
-"""The whole of hdscale on simulated GPUs that compute: doctor, the engine's and the checkpoint's tests, the quick start.
+"""hdscale on simulated GPUs that compute: doctor, the engine's and the checkpoint's tests, the quick start.
 
 The host computes torch's operators, and the project's kernels run in the emulator, launched by the real library.
 """
@@ -38,11 +38,8 @@ def test_doctor_finds_right_kernels(gpus):
     assert found["active"]["cuda"] == "cuda"
 
 
-ENGINE = {
-    "test_checkpoint.py": "",
-    # the others compare with the C++ kernels, or give a model or a collective tensors of the host
-    "test_training.py": "not collectives and not compiled_adapters and not hyperdecoder",
-}
+# but for those that compare with the C++ kernels
+ENGINE = {"test_checkpoint.py": "", "test_training.py": "not compiled_adapters"}
 
 
 @pytest.mark.parametrize("file", ENGINE)

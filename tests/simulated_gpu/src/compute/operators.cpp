@@ -84,8 +84,8 @@ void check_places(const std::string& name, at::ArrayRef<IValue> arguments, c10::
     const at::Tensor& tensor = argument.toTensor();
     const bool elsewhere = tensor.is_cpu() ? tensor.dim() > 0 && tensor.numel() && !indices
                                            : tensor.is_cuda() && tensor.device() != place;
-    TORCH_CHECK(!elsewhere, "Expected all tensors to be on the same device (simulated GPU), but found ", tensor.device(),
-                " and ", place, " in ", name);
+    TORCH_CHECK(!elsewhere, "Expected all tensors to be on the same device (simulated GPU), but found ",
+                tensor.device(), " and ", place, " in ", name);
   }
 }
 
@@ -111,7 +111,8 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
   torch::jit::drop(*stack, returned);
   // an output that was empty has got its size now
   for (size_t i = 0; i < count; ++i) {
-    if (!is_written(schema.arguments()[i].alias_info()) || !given[i].isTensor() || !on_gpu(given[i].toTensor())) continue;
+    if (!is_written(schema.arguments()[i].alias_info())) continue;
+    if (!given[i].isTensor() || !on_gpu(given[i].toTensor())) continue;
     const at::Tensor target = given[i].toTensor(), computed = passed[i].toTensor();
     if (target.sizes() == computed.sizes()) continue;
     target.resize_(computed.sizes());
@@ -124,7 +125,8 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
       const auto* other = schema.arguments()[i].alias_info();
       if (is_written(other) && *other == *alias) same = i;
     }
-    stack->push_back(same < count ? given[same] : changed(results[k], [&](const at::Tensor& t) { return device(t, place); }));
+    const auto moved = [&](const at::Tensor& tensor) { return device(tensor, place); };
+    stack->push_back(same < count ? given[same] : changed(results[k], moved));
   }
 }
 
@@ -155,11 +157,14 @@ struct Registration {
     for (const auto& name : dispatcher.getAllOpNames()) {
       if (name.name.rfind("aten::", 0) || kTorchs.count(toString(name))) continue;
       const auto op = dispatcher.findOp(name);
-      if (!op || !op->hasSchema() || !op->hasKernelForDispatchKey(c10::DispatchKey::CUDA) || is_a_view(op->schema())) continue;
+      if (!op || !op->hasSchema() || is_a_view(op->schema())) continue;
+      if (!op->hasKernelForDispatchKey(c10::DispatchKey::CUDA)) continue;
       // what the host lacks is written in computing.py; a kernel that is in neither says its name at its launch
-      if (std::none_of(kHosts.begin(), kHosts.end(), [&](auto key) { return op->hasKernelForDispatchKey(key); })) continue;
+      const auto has = [&](c10::DispatchKey key) { return op->hasKernelForDispatchKey(key); };
+      if (std::none_of(kHosts.begin(), kHosts.end(), has)) continue;
       const auto kernel = c10::KernelFunction::makeFromBoxedFunction<&compute>();
-      kept.push_back(dispatcher.registerImpl(name, c10::DispatchKey::CUDA, kernel, std::nullopt, nullptr, "simulated GPU"));
+      kept.push_back(
+          dispatcher.registerImpl(name, c10::DispatchKey::CUDA, kernel, std::nullopt, nullptr, "simulated GPU"));
     }
   }
 };

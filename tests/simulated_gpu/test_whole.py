@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tests.helpers.places import ROOT
-from tests.simulated_gpu.test_bounds import check_attention, check_launches, check_lengths, check_waits
+from tests.simulated_gpu.bounds import check_attention, check_launches, check_lengths, check_waits
 
 pytestmark = [pytest.mark.cuda, pytest.mark.slow]
 

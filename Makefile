@@ -36,7 +36,7 @@ CUDA_PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo $
 cuda-env: $(CUDA_VENV)/installed
 
 $(CUDA_VENV)/installed: pyproject.toml constraints-cuda.txt
-	$(CUDA_PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_PYTHON) -m venv --clear $(CUDA_VENV)  # another Python may have made the one that is there
 	$(CUDA_VENV)/bin/python -m pip install -q --upgrade pip
 	$(CUDA_VENV)/bin/python -m pip install -q -c constraints-cuda.txt -e '.[test]' nvidia-cuda-nvcc nvidia-cuda-cccl
 	$(CUDA_VENV)/bin/python -m tests.simulated_gpu.toolkit

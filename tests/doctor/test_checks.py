@@ -112,7 +112,7 @@ def test_what_the_sanitizer_says(tmp_path):
 @pytest.mark.parametrize("kind", runs.KINDS)
 def test_every_kind_of_zero_is_what_its_name_says(kind, tmp_path):
     path = tmp_path / "zero.json"
-    path.write_text(json.dumps(runs.deepspeed_config(runs.KINDS[kind])))
+    path.write_text(json.dumps(runs.deepspeed_config(runs.KINDS[kind], "bf16")))
     zero = resolve_deepspeed_config(str(path), TrainSettings(global_batch_size=8), 1)["zero_optimization"]
     assert f"ZeRO-{zero['stage']}{' with offload' if 'offload_optimizer' in zero else ''}" == kind
 

@@ -60,9 +60,9 @@ class FaultyModel(ToyModel):
 
 
 def working_weights(engine: Engine) -> dict[str, torch.Tensor]:
-    """The weights that the forward pass uses, as float32."""
+    """The weights that the forward pass uses, as float32 on the CPU."""
     with engine.evaluating() as model:
-        return {name: tensor.detach().float().clone() for name, tensor in model.named_parameters()}
+        return {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in model.named_parameters()}
 
 
 def train(ranks: Ranks, variants: list[dict[str, Any]], steps: int, micro: int = BATCH) -> list[dict[str, Any]]:
@@ -255,7 +255,8 @@ def evaluate_unevenly(ranks: Ranks, **config: Any) -> dict[str, Any]:
     with engine.evaluating() as model:
         assert not model.training
         for step in range(1 + 2 * ranks.rank):
-            losses.append(model(**micro_batches(step, 0, 1, BATCH)[0])[0].item())
+            batch = {name: tensor.to(ranks.device) for name, tensor in micro_batches(step, 0, 1, BATCH)[0].items()}
+            losses.append(model(**batch)[0].item())
     whole = [parameter.numel() == parameter.ds_numel for parameter in persistent_of(engine)]
     after = engine.train_step(micro_batches(1, ranks.rank, ranks.world_size, 2)).result()
     return {"evaluation": losses[0], "loss": after.loss, "whole": whole}
@@ -281,7 +282,7 @@ def collectives(ranks: Ranks) -> dict[str, Any]:
         "any": ranks.any_true(ranks.rank == 1),
         "all": ranks.all_true(ranks.rank == 1),
         "max": ranks.max_int(ranks.rank * 3),
-        "sums": ranks.sum_(torch.tensor([1.0, ranks.rank + 0.5])).tolist(),
+        "sums": ranks.sum_(torch.tensor([1.0, ranks.rank + 0.5], device=ranks.device)).tolist(),
         "objects": ranks.gather_objects({"rank": ranks.rank}),
         "broadcast": ranks.broadcast_object(f"from {ranks.rank}"),
         "main": ranks.on_main(lambda: ranks.rank + 10),
@@ -350,8 +351,8 @@ def adapted_model(
             save_checkpoint(engine, place, {})
             with engine.evaluating() as evaluated:
                 for step in range(1 + ranks.rank):
-                    batch = text_batches(10 + step, ranks)[0]
-                    batch.pop("labels")
+                    tensors = text_batches(10 + step, ranks)[0].items()
+                    batch = {name: tensor.to(ranks.device) for name, tensor in tensors if name != "labels"}
                     decoded = evaluated.generate(**batch, max_new_tokens=3 + 2 * step)
             more = engine.train_step(text_batches(3, ranks)).result()
             load_newest_checkpoint(engine, place, Recorder())

@@ -11,7 +11,8 @@ a module's variables reaches the next one.
     def test_something(rank_pool):
         results = rank_pool(2).run("tests.my_module:my_check", {"size": 3})     # one result per rank, in order
 
-`ranks` is an `hdscale.engine.ranks.Ranks` on the CPU with one thread.
+`ranks` is an `hdscale.engine.ranks.Ranks` with one thread: on the CPU, or with HDSCALE_TEST_DEVICE=cuda on GPUs, one a
+rank.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+DEVICE = os.environ.get("HDSCALE_TEST_DEVICE", "cpu")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
+    "DS_ACCELERATOR": DEVICE,
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
@@ -144,7 +146,7 @@ def work(
 
     try:
         launch = Launch("environment", rank, world_size, rank, "127.0.0.1", port, world_size)
-        ranks = Ranks.start(launch, threads=1, timeout_minutes=JOB_SECONDS / 60, device="cpu")
+        ranks = Ranks.start(launch, threads=1, timeout_minutes=JOB_SECONDS / 60, device=DEVICE)
         module, _, function = target.partition(":")
         result = getattr(importlib.import_module(module), function)(ranks, **kwargs)
         # a rank that leaves early would break collectives that its peers are still finishing

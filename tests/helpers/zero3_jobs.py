@@ -86,7 +86,8 @@ def train(
         decoded = []
         with engine.evaluating() as evaluated:
             for row in range(ranks.rank, ROWS, ranks.world_size):
-                batch = {key: value[:1] for key, value in unlike(row, row)[0].items() if key != "labels"}
+                rows = unlike(row, row)[0].items()
+                batch = {key: value[:1].to(ranks.device) for key, value in rows if key != "labels"}
                 for beams in (1, 2):
                     found = evaluated.generate(**batch, max_new_tokens=3 + row % 3, num_beams=beams)
                     decoded.append((row, beams, found.tolist()))

@@ -21,7 +21,8 @@ from tests.helpers.places import ROOT
 
 HERE = Path(__file__).parent
 SOURCES = HERE / "src"
-RUNTIME = "libsimulated_gpu.so"
+EMULATOR, KERNELS = HERE.parent / "helpers" / "emulator", ROOT / "hdscale" / "ops" / "csrc"
+RUNTIME, COMPUTING, PROJECT = "libsimulated_gpu.so", "libcomputing.so", "libproject_kernels.so"
 TORCH_LIBRARIES = ("libtorch_cuda.so", "libc10_cuda.so", "libtorch_python.so")
 WANTED = re.compile(r"^(__)?(cuda|nccl|cublas|cu)[A-Z]\w*$")
 """Functions of CUDA, NCCL and cuBLAS. Those that no source defines get a stand-in that says its name and fails."""
@@ -45,7 +46,7 @@ def build() -> Path:
         subprocess.CalledProcessError: if they do not compile; the compiler has printed why.
     """
     parts = [(torch_folder() / "version.py").read_bytes(), sys.version.encode(), Path(__file__).read_bytes()]
-    parts += [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    parts += [path.name.encode() + path.read_bytes() for path in made_of()]
     target = ROOT / "build" / "simulated_gpu" / hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_suffix(".lock")):
@@ -57,6 +58,11 @@ def build() -> Path:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+def made_of() -> list[Path]:
+    """All sources."""
+    return sorted(path for folder in (SOURCES, EMULATOR, KERNELS) for path in folder.rglob("*.*") if path.is_file())
 
 
 def build_into(folder: Path) -> None:
@@ -71,7 +77,25 @@ def build_into(folder: Path) -> None:
     includes = [f"-I{path / 'include'}" for path in folders]
     flags = ["-O2", "-std=c++17", "-fPIC", "-Wall", *includes]
     sources = ("counters", "devices", "memory", "streams", "kernels", "driver", "nccl", "cublas", "cublas_calls")
-    run_together([[*compiler, *flags, "-c", SOURCES / f"{name}.cpp", "-o", folder / f"{name}.o"] for name in sources])
+    torch_home = torch_folder()
+    torch_flags = ["-std=c++20", f"-I{torch_home / 'include'}", f"-I{torch_home / 'include/torch/csrc/api/include'}"]
+    torch_flags += [
+        f"-L{torch_home / 'lib'}",
+        "-Wl,--no-as-needed",
+        "-ltorch_cpu",
+        "-ltorch_cuda",
+        "-lc10",
+        "-lc10_cuda",
+    ]
+    operators = [SOURCES / "compute" / "operators.cpp", "-o", folder / COMPUTING, *torch_flags]
+    kernels = [SOURCES / "compute" / "project_kernels.cpp", "-o", folder / PROJECT, f"-I{EMULATOR}", f"-I{KERNELS}"]
+    run_together(
+        [
+            [*compiler, *flags, "-O1", "-shared", *operators],
+            [*compiler, *flags, "-Wno-unknown-pragmas", "-shared", *kernels],
+            *([*compiler, *flags, "-c", SOURCES / f"{name}.cpp", "-o", folder / f"{name}.o"] for name in sources),
+        ]
+    )
     objects = [folder / f"{name}.o" for name in sources]
     have = {name for path in objects for name in symbols("--defined-only", path)}
     need = {

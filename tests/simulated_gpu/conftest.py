@@ -14,7 +14,6 @@ import pytest
 from tests.helpers.places import ROOT
 from tests.simulated_gpu.environment import cuda_python, toolkit
 
-OPERATORS = ("generated_adapter", "generated_adapter_backward", "generated_adapter_heads_backward")
 ARCHITECTURES = "8.0 9.0"
 
 

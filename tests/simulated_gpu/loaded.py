@@ -11,11 +11,20 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from tests.simulated_gpu.build import RUNTIME
+from tests.simulated_gpu.build import COMPUTING, PROJECT, RUNTIME
 
 
 def load() -> None:
-    """torch's entry point: called when torch is imported."""
+    """torch's entry point, called when torch is imported: where numbers are wanted, the host computes its operators."""
+    if os.environ.get("SIMULATED_GPU_MODE") != "compute":
+        return
+    folder = Path(os.environ["SIMULATED_GPU_FOLDER"])
+    ctypes.CDLL(str(folder / COMPUTING)).simulated_gpu_compute()
+    runtime().simulated_gpu_compute_with(ctypes.CDLL(str(folder / PROJECT)).simulated_gpu_project_kernel)
+    # imports torch, which is nearly done importing itself
+    from tests.simulated_gpu.computing import install
+
+    install()
 
 
 @cache

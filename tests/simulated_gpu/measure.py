@@ -23,7 +23,7 @@ from hdscale.bases.greedy import Number
 from hdscale.config import Config, load_config
 from hdscale.data.batches import Row, collate
 from hdscale.engine.deepspeed_engine import build_engine
-from hdscale.engine.devices import prepare_cuda
+from hdscale.bases.gpu import prepare_cuda
 from hdscale.engine.environment import read_environment
 from hdscale.engine.ranks import Ranks
 from hdscale.modeling.model import AdaptedModel, build_model

@@ -1,53 +1,10 @@
-"""What T5 launches, waits for and keeps on a GPU. All of it is the same at every run: torch decides it, not a clock."""
+"""What T5-base launches, waits for and keeps on a GPU, against the bounds, and the faults that these must catch."""
 
 import pytest
 
+from tests.simulated_gpu.bounds import LENGTHS, check_attention, check_launches, check_lengths, check_waits
+
 pytestmark = pytest.mark.cuda
-
-LAUNCHES = {
-    # (size, method): launches of a pass (forward and backward) and of a decoded token, measured
-    ("t5-v1_1-base", "hyperdecoder"): (1273, 314),
-    ("t5-v1_1-base", "adapter"): (1202, 290),
-    ("t5-v1_1-base", "lora"): (1826, 434),
-    ("t5-v1_1-base", "full_finetuning"): (1542, 278),
-}
-LESS = 0.95
-"""Versions are pinned, so that any more is this project's doing; much less is a gain, and the bound is to follow it."""
-LENGTHS = list(range(505, 513))
-BYTES = 3.52e9
-"""Of a hyperdecoder's pass over 16 rows of 512 and 64 tokens."""
-
-
-def check_launches(size, method, found):
-    """Of a pass and of a token, all layers together, against the bounds above."""
-    layers = {"launches": sum(found["layers"].values()), "launches of a token": found["layers"]["decoder"]}
-    for (what, number), bound in zip(layers.items(), LAUNCHES[size, method], strict=True):
-        count = found[what]["all"]
-        told = f"{size}, {method}: {count} {what}, {count / number:.1f} per layer"
-        print(told)
-        assert count <= bound, f"{told}; the bound is {bound}"
-        assert count >= LESS * bound, f"{told}: fewer than {bound}; lower the bound"
-
-
-def check_attention(found):
-    """Every attention in one fused kernel, none of which is cuDNN's; two softmax kernels are the loss's own."""
-    for what, softmax in (("launches", 2), ("launches of a token", 0)):
-        kinds = found[what]
-        assert kinds["attention, fused"] and kinds["attention, softmax of its own"] == softmax, (what, kinds)
-
-
-def check_lengths(found):
-    """A source of any length takes the memory of the aligned one."""
-    taken = found["bytes"].values()
-    assert max(taken) <= 1.02 * min(taken), found["bytes"]
-    assert max(taken) <= BYTES, f"{found['bytes']}: more than {BYTES:.3e}"
-
-
-def check_waits(found):
-    """From the third step on, the host waits for one event: the numbers of the step before."""
-    for number, waits in enumerate(found["steps"][2:], start=3):
-        assert [where.split()[0] for where in waits] == ["cudaEventSynchronize"], (number, waits)
-        assert list(waits.values()) == [1], (number, waits)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +31,7 @@ def test_the_kernel_that_attention_chooses(gpus, hyperdecoder):
 
 
 def test_a_source_of_any_length_takes_the_same_memory(hyperdecoder):
-    check_lengths(hyperdecoder)
+    check_lengths("t5-v1_1-base", hyperdecoder)
 
 
 def test_a_step_waits_for_one_event(hyperdecoder):
@@ -97,4 +54,4 @@ def test_a_planted_copy_of_the_mask(gpus):
     with pytest.raises(AssertionError, match="the bound is"):
         check_launches("t5-v1_1-base", "hyperdecoder", found)
     with pytest.raises(AssertionError, match="more than"):
-        check_lengths(found)
+        check_lengths("t5-v1_1-base", found)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.simulated_gpu import environment
+import tests.simulated_gpu.environment as environment
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from tests.simulated_gpu.conftest import OPERATORS
 from tests.simulated_gpu.environment import toolkit
 from tests.simulated_gpu.faults import unlink
 
 pytestmark = pytest.mark.cuda
 
+OPERATORS = ("generated_adapter", "generated_adapter_backward", "generated_adapter_heads_backward")
 LOAD = """
 import torch
 from hdscale.ops.build import load_kernels

@@ -31,9 +31,9 @@ API cublasStatus_t cublasGetPointerMode_v2(cublasHandle_t, cublasPointerMode_t* 
   return CUBLAS_STATUS_SUCCESS;
 }
 API cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t,
-                                                  cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
-                                                  cublasLtMatmulPreference_t, int, cublasLtMatmulHeuristicResult_t* out,
-                                                  int* found) {
+                                                  cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                                  cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int,
+                                                  cublasLtMatmulHeuristicResult_t* out, int* found) {
   *out = {};
   *found = 1;
   return CUBLAS_STATUS_SUCCESS;

@@ -115,7 +115,8 @@ API CUresult cuMemAddressFree(CUdeviceptr start, size_t bytes) {
   munmap(reinterpret_cast<void*>(start), bytes);
   return CUDA_SUCCESS;
 }
-API CUresult cuMemCreate(CUmemGenericAllocationHandle* out, size_t bytes, const CUmemAllocationProp*, unsigned long long) {
+API CUresult cuMemCreate(CUmemGenericAllocationHandle* out, size_t bytes, const CUmemAllocationProp*,
+                         unsigned long long) {
   count("cuMemCreate");
   if (!reserve(current(), bytes)) return CUDA_ERROR_OUT_OF_MEMORY;
   *out = CUmemGenericAllocationHandle(new Segment{bytes, current()});
@@ -127,7 +128,9 @@ API CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
   delete segment;
   return CUDA_SUCCESS;
 }
-API CUresult cuMemMap(CUdeviceptr, size_t, size_t, CUmemGenericAllocationHandle, unsigned long long) { return CUDA_SUCCESS; }
+API CUresult cuMemMap(CUdeviceptr, size_t, size_t, CUmemGenericAllocationHandle, unsigned long long) {
+  return CUDA_SUCCESS;
+}
 API CUresult cuMemUnmap(CUdeviceptr start, size_t bytes) {
   madvise(reinterpret_cast<void*>(start), bytes, MADV_DONTNEED);
   return CUDA_SUCCESS;

@@ -48,7 +48,8 @@ cudaError_t launch(const std::string& kernel, const void* function, dim3 blocks,
     return failed(cudaErrorInvalidResourceHandle);
   }
   const bool some = blocks.x && blocks.y && blocks.z && threads.x && threads.y && threads.z;
-  if (!some || blocks.x > 2147483647u || blocks.y > 65535 || blocks.z > 65535 || threads.x * threads.y * threads.z > 1024) {
+  const bool few = blocks.x <= 2147483647u && blocks.y <= 65535 && blocks.z <= 65535;
+  if (!some || !few || threads.x * threads.y * threads.z > 1024) {
     fault(kernel + " is launched with a grid or a block of a size that is not allowed");
     return failed(cudaErrorInvalidConfiguration);
   }
@@ -76,8 +77,8 @@ API void __cudaRegisterFatBinaryEnd(void**) {}
 API void __cudaUnregisterFatBinary(void**) {}
 API char __cudaInitModule(void**) { return 1; }
 API void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
-API void __cudaRegisterFunction(void**, const char* function, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
-                                int*) {
+API void __cudaRegisterFunction(void**, const char* function, char*, const char* name, int, uint3*, uint3*, dim3*,
+                                dim3*, int*) {
   Lock lock(mutex());
   names()[function] = name;
 }
@@ -126,7 +127,8 @@ API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void*) {
   out->binaryVersion = out->ptxVersion = capability();
   return cudaSuccess;
 }
-API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t, unsigned) {
+API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t,
+                                                                       unsigned) {
   *blocks = 2;
   return cudaSuccess;
 }

@@ -74,7 +74,8 @@ API cudaError_t cudaMalloc(void** out, size_t bytes) {
   *out = nullptr;
   count("cudaMalloc");
   if (!reserve(current(), bytes)) return failed(cudaErrorMemoryAllocation);
-  void* start = mmap(nullptr, bytes ? bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* start = mmap(nullptr, bytes ? bytes : 1, PROT_READ | PROT_WRITE, kFlags, -1, 0);
   if (start == MAP_FAILED) return failed(cudaErrorMemoryAllocation);
   add_block(start, {bytes, current(), cudaMemoryTypeDevice});
   *out = start;

@@ -258,8 +258,8 @@ API ncclResult_t ncclReduce(const void* in, void* out, size_t numbers, ncclDataT
   });
   return ncclSuccess;
 }
-API ncclResult_t ncclBroadcast(const void* in, void* out, size_t numbers, ncclDataType_t type, int root, ncclComm_t comm,
-                               cudaStream_t) {
+API ncclResult_t ncclBroadcast(const void* in, void* out, size_t numbers, ncclDataType_t type, int root,
+                               ncclComm_t comm, cudaStream_t) {
   const size_t bytes = numbers * width(type);
   check(comm, "Broadcast", out, bytes);
   const void* mine = comm->rank == root ? in : out;

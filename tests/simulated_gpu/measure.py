@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hdscale.bases.gpu import prepare_cuda
 from hdscale.bases.greedy import Number
 from hdscale.config import Config, load_config
 from hdscale.data.batches import Row, collate
 from hdscale.engine.deepspeed_engine import build_engine
-from hdscale.bases.gpu import prepare_cuda
 from hdscale.engine.environment import read_environment
 from hdscale.engine.ranks import Ranks
 from hdscale.modeling.model import AdaptedModel, build_model

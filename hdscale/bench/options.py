@@ -75,7 +75,7 @@ class StepOptions(ReportOptions, RowOptions):
     )
     compile: Literal["auto", "on", "off"] = setting(
         "auto",
-        "train.compile of hdscale, adapter and full; auto, as in training: on for a GPU where a compiler is found",
+        "train.compile of hdscale, adapter and full; auto, as in training: on for a GPU, if that is faster",
     )
     steps: int = setting(5, "steps that each variant is timed for, alternating", at_least=1)
     variants: list[Literal["hdscale", "released-fp32", "released-bf16", "adapter", "full"]] = setting(

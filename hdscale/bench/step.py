@@ -5,6 +5,7 @@ The variants alternate on the same global batches; a ratio is the median of the 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -92,9 +93,14 @@ def compile_steps(variant: Variant, batch: GlobalBatch, choice: str) -> None:
     """
     if variant.released is not None or choice == "off" or (choice == "auto" and variant.device.type == "cpu"):
         return
+    once = partial(variant.step, batch)
+    plain = timed(once, variant.device) if choice == "auto" else math.inf
     variant.model.base.compile_steps()
     try:
         variant.step(batch)
+        if choice == "auto" and timed(once, variant.device) >= plain:
+            progress(f"{variant.name}: not compiled, which is faster here")
+            variant.model.base.compile_steps(on=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         if choice == "on":

@@ -48,7 +48,8 @@ class TrainSettings(Settings):
         "bf16", "data type of the frozen base and of the computation: bf16 or fp32; master weights are fp32"
     )
     compile: Literal["off", "on", "auto"] = setting(
-        "auto", "torch.compile of what is between a layer's matrix products: off, on or auto (off on CPU)"
+        "auto",
+        "torch.compile of what is between a layer's matrix products: off, on or auto (on a GPU, if that is faster)",
     )
     self_check: bool = setting(
         True,

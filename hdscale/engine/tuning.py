@@ -182,7 +182,8 @@ def step_seconds(engine: Engine, parts: Sequence[list[Row]], pad_id: int) -> flo
 def compile_for_training(engine: Engine, choice: str, sample: Sequence[Batch], settled: Settled, log: Log) -> None:
     """Compile encoder and decoder if asked to, on every rank. Collective.
 
-    `auto` is off on a CPU, where compiling gains nothing, and under ZeRO-3; elsewhere it is on if a compiler is found.
+    `auto` is off on a CPU, where compiling gains nothing, under ZeRO-3, and with `train.deterministic`, as measurements
+    can come out differently each time; elsewhere it is on if a compiler is found and a compiled pass is the faster one.
     Later sessions of a run do what its first one did.
 
     Args:
@@ -192,7 +193,7 @@ def compile_for_training(engine: Engine, choice: str, sample: Sequence[Batch], s
     Raises:
         UserError: on every rank, if compiling was asked for and fails.
     """
-    if choice == "auto" and (engine.ranks.device.type == "cpu" or engine.stage == 3):
+    if choice == "auto" and (engine.ranks.device.type == "cpu" or engine.stage == 3 or engine.train.deterministic):
         return
     if choice == "off" or settled.values.get("compile") == "off":
         return
@@ -220,8 +221,11 @@ def compile_for_training(engine: Engine, choice: str, sample: Sequence[Batch], s
                 "this run is not compiled, now or when resumed"
             )
         return
-    settled.once("compile", lambda: "on")
-    log.info(compile_cost(plain, timed(engine, middle), first, len(sample)))
+    compiled = timed(engine, middle)
+    log.info(compile_cost(plain, compiled, first, len(sample)))
+    if settled.once("compile", lambda: "off" if choice == "auto" and compiled >= plain else "on") == "off":
+        cast(Base, engine.module.get_submodule("base")).compile_steps(on=False)
+        log.info("train.compile=auto: this run is not compiled")
 
 
 def timed(engine: Engine, batch: Batch) -> float:
@@ -243,7 +247,7 @@ def compile_cost(plain: float, compiled: float, first: float, passes: int) -> st
         f"{plain:.3g} s"
     )
     if compiled >= plain:
-        return f"{text}, so it does not pay off (train.compile=off)"
+        return f"{text}, so it does not pay off"
     return f"{text}, which pays off from step {math.ceil(cost / ((plain - compiled) * passes)):,} on"
 
 

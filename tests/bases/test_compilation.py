@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from hdscale.bases.steps import Steps, activation, add_norm
 from hdscale.config import load_config
 from hdscale.data.batches import Row, collate
+from hdscale.engine import tuning
+from hdscale.engine.settings import TrainSettings
 from hdscale.engine.tuning import compile_cost
 from hdscale.errors import UserError
 from hdscale.modeling import HyperdecoderConfig, build_model
@@ -86,6 +89,31 @@ def test_a_compiled_run(rank_pool, tmp_path):
     assert "s to compile; a forward and backward pass takes" in (tmp_path / "compiled" / "train.log").read_text()
     assert json.loads((tmp_path / "compiled" / "settled.json").read_text())["compile"] == "on"
     assert "compile" not in json.loads((tmp_path / "plain" / "settled.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "choice, compiled, kept, deterministic, said",
+    [
+        ("auto", 0.3, None, False, ["on"]), ("auto", 0.5, None, False, ["on", "off"]), ("on", 0.5, None, False, ["on"]),
+        ("auto", 0.5, "on", False, ["on"]), ("auto", 0.3, "off", False, []), ("auto", 0.3, None, True, []),
+    ],
+)  # fmt: skip
+def test_auto_compiles_what_is_faster(monkeypatch, choice, compiled, kept, deterministic, said):
+    """On a GPU; a resumed run does what its first session did. Fails if a slower compiled pass is kept."""
+    found: list[str] = []
+    times = iter([0.4, compiled])
+    monkeypatch.setattr(tuning, "timed", lambda *_: next(times))
+    monkeypatch.setattr(tuning, "seconds_of_passes", lambda *_: 1.0)
+    base = SimpleNamespace(compile_steps=lambda on=True: found.append("on" if on else "off"))
+    ranks = SimpleNamespace(device=torch.device("cuda"), gather_objects=lambda value: [value])
+    train = TrainSettings(deterministic=deterministic)
+    engine = SimpleNamespace(ranks=ranks, stage=2, train=train, module=SimpleNamespace(get_submodule=lambda _: base))
+    values = {} if kept is None else {"compile": kept}
+    settled = SimpleNamespace(values=values, once=lambda key, find: values.setdefault(key, find()))
+    log = SimpleNamespace(info=lambda _: None, warning=lambda _: None)
+    tuning.compile_for_training(engine, choice, [None], settled, log)  # type: ignore[arg-type]
+    assert found == said
+    assert values.get("compile", "off") == ("off" if not said else said[-1])
 
 
 def test_the_log_says_when_compiling_pays_off():

@@ -74,15 +74,30 @@ def test_what_training_compiles_is_compiled(variant, monkeypatch, capsys):
     assert calls == [True]
 
     def broken(batch):
-        raise RuntimeError("no compiler\nand more")
+        if calls[-1]:
+            raise RuntimeError("no compiler\nand more")
 
     monkeypatch.setattr(variant, "step", broken)
     with pytest.raises(UserError, match=r"--compile on: the compiler failed \(no compiler\)"):
         compile_steps(variant, variant.prepare(ROWS), "on")
     monkeypatch.setattr(variant, "device", torch.device("cuda"))
     monkeypatch.setattr(step_module, "progress", print)
+    calls.append(False)
+    monkeypatch.setattr(step_module, "timed", lambda step, device: step())
     compile_steps(variant, None, "auto")
-    assert calls[-2:] == [True, False] and "hdscale: not compiled" in capsys.readouterr().out
+    assert calls[-2:] == [True, False] and "hdscale: not compiled, the compiler failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compiled, kept", [(0.3, [True]), (0.4, [True, False])])
+def test_auto_keeps_the_faster_way(variant, monkeypatch, compiled, kept):
+    """As training decides it on a GPU."""
+    calls, times = [], iter([0.4, compiled])
+    monkeypatch.setattr(variant.model.base, "compile_steps", lambda on=True: calls.append(on))
+    monkeypatch.setattr(variant, "step", lambda batch: None)
+    monkeypatch.setattr(variant, "device", torch.device("cuda"))
+    monkeypatch.setattr(step_module, "timed", lambda step, device: next(times))
+    compile_steps(variant, None, "auto")
+    assert calls == kept
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.name)

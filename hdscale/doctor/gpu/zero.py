@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from hdscale.doctor.gpu.lines import Lines, Wrong
+from hdscale.doctor.gpu.lines import Lines, NotPossible, Wrong
 from hdscale.doctor.gpu.runs import KINDS, QUICK, TrainingRun, shareable, train
+from hdscale.engine.checks import SKIPPED
 
 MOST_RANKS = 8
 STEPS = 3
@@ -41,6 +42,8 @@ def examine(lines: Lines, work: Path) -> None:
                     raise Wrong(f"the run's log does not say that it ran under {kind}")
                 if not self_check:
                     raise Wrong("the run's log says nothing of the self-check")
+                if self_check.startswith(SKIPPED):
+                    raise NotPossible(self_check)
                 if sorted(losses) != list(range(1, STEPS + 1)):
                     raise Wrong(f"{STEPS} steps were asked for, {sorted(losses)} are in the log")
                 if unlike := [s for s in losses if not math.isclose(losses[s], first[s], rel_tol=CLOSE)]:

@@ -37,6 +37,11 @@ def uniform(*shape: int, fan: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
 
 
+def hyper_prompts(prompts: Tensor, down: Tensor, up: Tensor) -> list[Tensor]:
+    """[M, P, inner] of every layer: up- after down-projection, [N, M or 1, D, b] and [N, M or 1, b, inner]."""
+    return [torch.relu(prompts @ down[layer]) @ up[layer] for layer in range(down.shape[0])]
+
+
 class LocalHypernetworks(nn.Module):
     """Down- and up-projections for keys or for values, for all layers: [N, 1 or tasks, ...]."""
 
@@ -45,9 +50,9 @@ class LocalHypernetworks(nn.Module):
         self.down = uniform(layers, tasks, d_model, bottleneck, fan=d_model)
         self.up = uniform(layers, tasks, bottleneck, inner, fan=bottleneck)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """down [N, M, D, b] and up [N, M, b, inner] with M = 1, or one per task and one for unseen tasks."""
-        return self.for_unseen_tasks(self.down), self.for_unseen_tasks(self.up)
+    def forward(self, prompts: Tensor) -> list[Tensor]:
+        """Hyper-prompts of every layer, each [M, P, inner], from global prompts [M, P, D]; M tasks, the last unseen."""
+        return hyper_prompts(prompts, self.for_unseen_tasks(self.down), self.for_unseen_tasks(self.up))
 
     @staticmethod
     def for_unseen_tasks(weight: Tensor) -> Tensor:
@@ -64,13 +69,17 @@ class GlobalHypernetwork(nn.Module):
         self.down = uniform(d_model * bottleneck, embedding, fan=embedding * d_model)
         self.up = uniform(bottleneck * inner, embedding, fan=embedding * bottleneck)
 
-    def forward(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """codes [N, M, embedding] -> down [N, M, D, b] and up [N, M, b, inner]."""
+    def forward(self, prompts: Tensor, codes: Tensor) -> list[Tensor]:
+        """Hyper-prompts of every layer, each [M, P, inner], from prompts [M, P, D] and codes [N, M, embedding]."""
         d_model, bottleneck, inner = self.sizes
-        return (
-            (codes @ self.down.T).unflatten(-1, (d_model, bottleneck)),
-            (codes @ self.up.T).unflatten(-1, (bottleneck, inner)),
-        )
+        down = (codes @ self.down.T).unflatten(-1, (d_model, bottleneck))
+        up = (codes @ self.up.T).unflatten(-1, (bottleneck, inner))
+        return hyper_prompts(prompts, down, up)
+
+
+def every_row(embedding: nn.Embedding) -> Tensor:
+    """All rows of an embedding, [rows, size]."""
+    return embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device))
 
 
 class PromptStack(nn.Module):
@@ -81,7 +90,7 @@ class PromptStack(nn.Module):
 
     def __init__(self, settings: HyperpromptSettings, sizes: StackSizes, tasks: int) -> None:
         super().__init__()
-        self.variant, self.heads, self.layers = settings.variant, sizes.heads, sizes.layers
+        self.variant, self.heads = settings.variant, sizes.heads
         layers, d_model, inner = sizes.layers, sizes.d_model, sizes.heads * sizes.d_kv
         self.prompts = nn.Parameter(torch.randn(tasks, settings.length, d_model))
         if settings.variant == "global":
@@ -103,22 +112,25 @@ class PromptStack(nn.Module):
 
     def codes(self) -> Tensor:
         """Layer-aware task embeddings [N, tasks + 1, embedding]; the last one is for unseen tasks."""
-        tasks, layers = with_unseen_task(self.task_embedding.weight), self.layer_embedding.weight
+        # the embeddings are called: under ZeRO-3 a weight is whole only in its own module's call
+        tasks, layers = with_unseen_task(every_row(self.task_embedding)), every_row(self.layer_embedding)
         shape = (layers.shape[0], tasks.shape[0], -1)
         return self.network(torch.cat([tasks.expand(shape), layers.unsqueeze(1).expand(shape)], dim=-1))
 
-    def forward(self, task_ids: Tensor) -> CachedPrefixAdaptation:
-        """Keys and values [B, H, P, d_kv] of every layer for a batch of tasks [B]."""
+    def forward(self, task_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [B, H, P, d_kv] of every layer for a batch of tasks [B].
+
+        Tensors, not an adaptation: ZeRO-3 finds a module's backward pass by the tensors that it returns.
+        """
         prompts = with_unseen_task(self.prompts)  # [tasks + 1, P, D]
         index = task_rows(task_ids, self.prompts.shape[0])
-        weights = [part(self.codes()) if self.variant == "global" else part() for part in (self.key, self.value)]
+        given = (prompts, self.codes()) if self.variant == "global" else (prompts,)
 
-        def prefix(layer: int, down: Tensor, up: Tensor) -> Tensor:
-            hyper = torch.relu(prompts @ down[layer]) @ up[layer]  # [tasks + 1, P, inner]
+        def prefix(hyper: Tensor) -> Tensor:
             return hyper[index].unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        key, value = weights
-        return CachedPrefixAdaptation([(prefix(layer, *key), prefix(layer, *value)) for layer in range(self.layers)])
+        pairs = zip(self.key(*given), self.value(*given), strict=True)
+        return [(prefix(key), prefix(value)) for key, value in pairs]
 
 
 class HyperPrompt(Method):
@@ -159,10 +171,10 @@ class HyperPrompt(Method):
             raise UserError("method.name=hyperprompt needs the names of the tasks that it is trained on")
 
     def encode(self, run_encoder: RunEncoder, mask: Tensor, task_ids: Tensor | None) -> Tensor:
-        return run_encoder(self.encoder(required(task_ids)))
+        return run_encoder(CachedPrefixAdaptation(self.encoder(required(task_ids))))
 
     def decoder_adaptation(self, hidden: Tensor, mask: Tensor, task_ids: Tensor | None) -> Adaptation:
-        return self.decoder(required(task_ids))
+        return CachedPrefixAdaptation(self.decoder(required(task_ids)))
 
     def base_trainables(self, base: Base) -> list[str]:
         return [name for name, _ in base.named_parameters()] if self.tune_base else []
